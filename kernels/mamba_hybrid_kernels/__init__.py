@@ -1,0 +1,23 @@
+"""Kernels of mamba_hybrid: each beside its plain-PyTorch reference, which is also the CPU path.
+
+- `ssd`: the state-space recurrence over whole sequences (training, scoring).
+- `window`: softmax attention over the last `window` tokens.
+- `slot` and `replay`: what one sequence keeps between steps, and the step that continues from it.
+"""
+
+from .conv import short_conv, short_conv_step
+from .replay import replay
+from .slot import SlotLayout, SlotTensors
+from .ssd import delay, ssd
+from .window import window_attention
+
+__all__ = [
+    "SlotLayout",
+    "SlotTensors",
+    "delay",
+    "replay",
+    "short_conv",
+    "short_conv_step",
+    "ssd",
+    "window_attention",
+]

@@ -1,0 +1,229 @@
+"""The mixer: grouped-query SSD with a window of softmax attention, started from attention's weights.
+
+Shapes: B batch, L length, M tokens of a ragged step, D model width, H query heads, G key/value heads, S state
+heads, P head width, N state width.
+
+Per token, with u the normed hidden state: v -> x (G,P), k -> B (G,N), q -> C (H,N), gate z (H,P), step dt (S);
+far is the SSD's output normed per head, near the softmax attention over the last `window` tokens:
+
+    out = o_proj((near n_h + RMSNorm(far) f_h) gate(z))
+
+The state sees a token only when it has left the window, so that no token counts twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mamba_hybrid_kernels import (
+    SlotLayout,
+    SlotTensors,
+    delay,
+    replay,
+    short_conv,
+    short_conv_step,
+    ssd,
+    window_attention,
+)
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .config import HybridMambaConfig
+
+STEP_BIAS = 0.541324854612918  # softplus(STEP_BIAS) = 1
+
+
+class MixerCore(nn.Module):
+    """Everything of a mixer between its projections. All its parameters need fp32 and no weight decay.
+
+    Parameters: A_log (S), dt_bias (S), D (H), far_weight and, with a window, near_weight (H, P); with a short
+    convolution conv_weight (channels, 4), conv_bias and conv_silu, the learned share of SiLU after it (1 is the
+    paper's, 0 none).
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: HybridMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        H, S, P = config.num_attention_heads, config.state_heads, config.head_dim
+        self.A_log = nn.Parameter(torch.zeros(S))
+        self.dt_bias = nn.Parameter(torch.full((S,), STEP_BIAS))
+        self.D = nn.Parameter(torch.zeros(H))
+        self.far_weight = nn.Parameter(torch.ones(H, P))
+        if config.window:
+            self.near_weight = nn.Parameter(torch.ones(H, P))
+        if config.short_conv:
+            channels = config.slot_layout().channels
+            self.conv_weight = nn.Parameter(torch.zeros(channels, config.short_conv))
+            self.conv_bias = nn.Parameter(torch.zeros(channels))
+            self.conv_silu = nn.Parameter(torch.zeros(1))
+        self.reset()
+
+    def reset(self) -> None:
+        """The neutral start: dt 1, decay exp(-1), near and far as they are, identity convolution.
+
+        Through transformers' init functions, which leave alone what a checkpoint has filled."""
+        init.zeros_(self.A_log)
+        init.constant_(self.dt_bias, STEP_BIAS)
+        init.zeros_(self.D)
+        init.ones_(self.far_weight)
+        if self.config.window:
+            init.ones_(self.near_weight)
+        if self.config.short_conv:
+            identity = torch.zeros_like(self.conv_weight)
+            identity[:, -1] = 1
+            init.copy_(self.conv_weight, identity)
+            init.zeros_(self.conv_bias)
+            init.zeros_(self.conv_silu)
+
+    @property
+    def A_S(self) -> Tensor:
+        """Decay rates, negative."""
+        return -self.A_log.float().exp()
+
+    def step_size(self, raw: Tensor) -> Tensor:
+        """dt (..., S) from its projection, fp32."""
+        return F.softplus(raw.float() + self.dt_bias.float())
+
+    def split(self, q: Tensor, k: Tensor, v: Tensor, conv) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, B, C) with heads apart, from the projections' flat outputs, through the convolution if there is one.
+
+        Args:
+            q, k, v: (..., H N), (..., G N), (..., G P).
+            conv: function of the raw channels (..., x|B|C) and the convolution's weight and bias.
+        """
+        c = self.config
+        H, G, P, N = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.state_size
+        if c.short_conv:
+            y = conv(torch.cat([v, k, q], -1), self.conv_weight, self.conv_bias)
+            y = torch.lerp(y, F.silu(y), self.conv_silu.to(y.dtype))
+            v, k, q = y.split([G * P, G * N, H * N], -1)
+        return v.unflatten(-1, (G, P)), k.unflatten(-1, (G, N)), q.unflatten(-1, (H, N))
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embedding on (..., heads, N) with cos, sin (..., N)."""
+        if not self.config.ssm_rope:
+            return q, k
+        return apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim=-2)
+
+    def near_far(
+        self, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Both parts of whole sequences before their weights: near (B, L, H, P) or None, far normed unless the
+        norm comes after the gate."""
+        w = self.config.window
+        x, b, c = self.split(q, k, v, lambda raw, W, bias: short_conv(raw, W, bias, doc_BL=doc_BL))
+        c, b = self.rotate(c, b, cos, sin)
+        near = window_attention(c, b, x, w, doc_BL=doc_BL) if w else None
+        far, _ = ssd(
+            delay(x, w, doc_BL), delay(self.step_size(dt), w), self.A_S, delay(b, w), c, self.D, doc_BL=doc_BL
+        )
+        return near, self.norm(far) if self.config.norm == "before_gate" else far
+
+    def norm(self, y: Tensor) -> Tensor:
+        """RMSNorm per head, fp32, without its weight."""
+        y = y.float()
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+
+    def readout(self, near: Tensor | None, far: Tensor, z: Tensor | None) -> Tensor:
+        """(..., H P) for o_proj, in z's dtype (fp32 without a gate)."""
+        dtype = torch.float32 if z is None else z.dtype
+        if z is None:
+            gate = 1.0
+        else:
+            zh = z.float().view(far.shape)
+            gate = F.silu(zh) if self.config.gate == "silu" else 2 * torch.sigmoid(zh)
+        if self.config.norm == "after_gate":
+            return (self.norm(far * gate) * self.far_weight.float()).flatten(-2).to(dtype)
+        heads = far * self.far_weight.float()
+        if near is not None:
+            heads = heads + near.float() * self.near_weight.float()
+        return (heads * gate).flatten(-2).to(dtype)
+
+    def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None) -> Tensor:
+        """Whole sequences.
+
+        Args:
+            q, k, v, dt, z: the projections' outputs (B, L, ...); z None without a gate.
+            cos, sin: rotary tables (B or 1, L, N).
+            doc_BL: integer document ids (B, L), None for one document a row.
+
+        Returns:
+            (B, L, H P), the input of o_proj.
+        """
+        near, far = self.near_far(q, k, v, dt, cos, sin, doc_BL)
+        return self.readout(near, far, z).to(q.dtype)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        z: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        slots: SlotTensors,
+        layout: SlotLayout,
+        slot_ids: list[int],
+        starts: list[int],
+        lengths: list[int],
+    ) -> Tensor:
+        """A ragged batch that continues from its slots, which it updates; see `mamba_hybrid_kernels.replay`.
+
+        Args:
+            q, k, v, dt, z: the projections' outputs for all rows' tokens one after another (M, ...).
+            cos, sin: rotary tables (M, N).
+            slots, layout, slot_ids, starts, lengths: as in `replay`.
+
+        Returns:
+            (M, H P), the input of o_proj.
+        """
+
+        def conv(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return short_conv_step(slots, layout, slot_ids, starts, lengths, raw, weight, bias)
+
+        x, b, c = self.split(q, k, v, conv)
+        c, b = self.rotate(c, b, cos, sin)
+        near, far = replay(
+            slots, layout, slot_ids, starts, lengths, x, self.step_size(dt), self.A_S, b, c, self.D
+        )
+        if self.config.norm == "before_gate":
+            far = self.norm(far)
+        return self.readout(near, far, z).to(q.dtype)
+
+
+class HybridMixer(nn.Module):
+    """A mixer layer: attention's projections, a gate and a step-size projection, around `MixerCore`.
+
+    Args:
+        config: the model's.
+    """
+
+    def __init__(self, config: HybridMambaConfig) -> None:
+        super().__init__()
+        D, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        P, N = config.head_dim, config.state_size
+        self.q_proj = nn.Linear(D, H * N, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * N, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
+        self.z_proj = nn.Linear(D, H * P, bias=False) if config.gate != "none" else None
+        self.dt_proj = nn.Linear(D, config.state_heads, bias=False)
+        self.o_proj = nn.Linear(H * P, D, bias=config.o_bias)
+        self.core = MixerCore(config)
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(q, k, v, dt, z) of u (..., D)."""
+        z = None if self.z_proj is None else self.z_proj(u)
+        return self.q_proj(u), self.k_proj(u), self.v_proj(u), self.dt_proj(u), z
+
+    def forward(self, u_BLD: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None = None) -> Tensor:
+        """Whole sequences, (B, L, D) -> (B, L, D)."""
+        return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL).to(u_BLD.dtype))
+
+    def step(self, u_MD: Tensor, cos: Tensor, sin: Tensor, *where) -> Tensor:
+        """A ragged step, (M, D) -> (M, D); `where` is slots, layout, slot_ids, starts and lengths."""
+        return self.o_proj(self.core.step(*self.project(u_MD), cos, sin, *where).to(u_MD.dtype))

@@ -1,0 +1,291 @@
+"""The hybrid as a transformers model: Llama, with mixers where `layer_types` says so.
+
+Shapes: B batch, L length, T new tokens, M real tokens of a ragged step, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from .cache import HybridCache
+from .config import MIXER, HybridMambaConfig
+from .mixer import HybridMixer
+
+
+@dataclass
+class Batch:
+    """What the layers of one forward pass share.
+
+    Args:
+        cos, sin: rotary tables (B, T, N).
+        mask: True where a query may look (B or 1, 1, T, L), None for plain causal attention.
+        doc_BL: document ids of packed rows, None for one document a row.
+        cache: None in training.
+        valid_BT: real tokens of this pass (False is padding), with a cache only.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    doc_BL: Tensor | None
+    cache: HybridCache | None
+    valid_BT: Tensor | None
+
+
+class Attention(nn.Module):
+    """Llama's grouped-query attention, for a layer that was kept."""
+
+    def __init__(self, config: HybridMambaConfig, layer: int) -> None:
+        super().__init__()
+        D, H, G, P = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim, self.grouped = layer, P, H != G
+        self.q_proj = nn.Linear(D, H * P, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * P, D, bias=config.o_bias)
+
+    def heads(self, u_BTD: Tensor, batch: Batch) -> Tensor:
+        """The heads' outputs side by side (B, T, H P), before o_proj."""
+        q, k, v = (
+            proj(u_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, batch.cos.to(q.dtype), batch.sin.to(q.dtype))
+        if batch.cache is not None:
+            k, v = batch.cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None, enable_gqa=self.grouped
+        )
+        return y.transpose(1, 2).flatten(2)
+
+    def forward(self, u_BTD: Tensor, batch: Batch) -> Tensor:
+        return self.o_proj(self.heads(u_BTD, batch))
+
+
+class HybridLayer(nn.Module):
+    """One block: attention or mixer, then the MLP, both pre-normed with a residual around."""
+
+    def __init__(self, config: HybridMambaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_mixer = config.layer_types[layer] == MIXER
+        if self.is_mixer:
+            self.mixer = HybridMixer(config)
+        else:
+            self.self_attn = Attention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def mix(self, u_BTD: Tensor, batch: Batch) -> Tensor:
+        """The token-mixing part, attention or mixer, of normed inputs."""
+        if not self.is_mixer:
+            return self.self_attn(u_BTD, batch)
+        if batch.cache is None:
+            return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL)
+        cache, valid = batch.cache, batch.valid_BT
+        lengths = valid.sum(1).tolist()
+        rows = [b for b, n in enumerate(lengths) if n]
+        out = torch.zeros_like(u_BTD)
+        out[valid] = self.mixer.step(
+            u_BTD[valid], batch.cos[valid], batch.sin[valid], cache.slots[self.layer], cache.layout,
+            rows, [cache.tokens[b] for b in rows], [lengths[b] for b in rows],
+        )  # fmt: skip
+        return out
+
+    def forward(self, h_BTD: Tensor, batch: Batch) -> Tensor:
+        h_BTD = h_BTD + self.mix(self.input_layernorm(h_BTD), batch)
+        return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
+
+
+class HybridMambaPreTrainedModel(PreTrainedModel):
+    config_class = HybridMambaConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["HybridLayer"]
+    _keep_in_fp32_modules_strict = ["core"]
+    _supports_sdpa = True
+    supports_gradient_checkpointing = False
+    _is_stateful = True  # a state cannot be cropped: transformers' assisted generation refuses
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HybridMixer):
+            module.core.reset()
+            init.zeros_(module.dt_proj.weight)
+            if module.z_proj is not None and self.config.gate == "sigmoid":
+                init.zeros_(module.z_proj.weight)
+
+
+class HybridMambaModel(HybridMambaPreTrainedModel):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, config: HybridMambaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([HybridLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last layer, normed.
+
+        Args:
+            input_ids: (B, T); or inputs_embeds (B, T, D).
+            attention_mask: (B, columns seen with these), 0 for padding, which stands on the left or, without a
+                cache, anywhere behind the tokens.
+            position_ids: (B, T); made from the mask or the documents when None.
+            past_key_values: what an earlier pass returned.
+            use_cache: return one.
+            document_ids: (B, T) integers; a token sees only tokens of its own document, and positions start
+                at 0 in each. Not with a cache.
+
+        Raises:
+            ValueError: document_ids with a cache, padding on the left without one, or both inputs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        b, T = h.shape[:2]
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = HybridCache(self.config, b, h.dtype, h.device)
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids are for training, a cache is for generation: one of them")
+        past = cache.length if cache is not None else 0
+        valid_BL = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            valid_BL = attention_mask[:, -(past + T) :].bool()
+        if cache is None and valid_BL is not None and not bool(valid_BL[:, 0].all()):
+            raise ValueError("padding on the left needs a cache (use_cache=True); without one pad on the right")
+        if position_ids is None:
+            position_ids = self._positions(b, T, past, valid_BL, document_ids, h.device)
+        cos, sin = self.rotary_emb(h.float(), position_ids)
+        batch = Batch(
+            cos.expand(b, -1, -1),
+            sin.expand(b, -1, -1),
+            self._mask(T, past, valid_BL, document_ids, h.device),
+            document_ids,
+            cache,
+            None
+            if cache is None
+            else (valid_BL[:, past:] if valid_BL is not None else h.new_ones(b, T, dtype=torch.bool)),
+        )
+        for layer in self.layers:
+            h = layer(h, batch)
+        if cache is not None:
+            cache.advance(batch.valid_BT)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(h), past_key_values=cache)
+
+    @staticmethod
+    def _positions(b, T, past, valid_BL, document_ids, device) -> Tensor:
+        if document_ids is not None:
+            columns = torch.arange(T, device=device).expand(b, T)
+            starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+            return columns - torch.where(starts, columns, 0).cummax(1).values
+        if valid_BL is not None:
+            return (valid_BL.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        return torch.arange(past, past + T, device=device)[None]
+
+    @staticmethod
+    def _mask(T, past, valid_BL, document_ids, device) -> Tensor | None:
+        if T == past + T and valid_BL is None and document_ids is None:
+            return None
+        query = torch.arange(past, past + T, device=device)[:, None]
+        mask = (torch.arange(past + T, device=device) <= query)[None, None]
+        if valid_BL is not None:
+            # a padding query sees all it may by order, or its softmax would have nothing to sum over
+            mask = mask & (valid_BL[:, None, None, :] | ~valid_BL[:, None, past:, None])
+        if document_ids is not None:
+            mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        return mask
+
+
+class HybridMambaForCausalLM(HybridMambaPreTrainedModel, GenerationMixin):
+    """The hybrid with its language-model head.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("hybrid")          # after `import mamba_hybrid`
+        >>> model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridMambaConfig) -> None:
+        super().__init__(config)
+        self.model = HybridMambaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(f"cache_implementation {generation_config.cache_implementation!r}: a hybrid has its own")
+        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = HybridCache(self.config, rows, self.dtype, self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss when labels (B, T; -100 is not counted) are given; the rest as HybridMambaModel."""
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+
+AutoConfig.register(HybridMambaConfig.model_type, HybridMambaConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridMambaConfig, HybridMambaForCausalLM, exist_ok=True)
