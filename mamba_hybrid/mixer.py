@@ -118,9 +118,7 @@ class MixerCore(nn.Module):
         x, b, c = self.split(q, k, v, lambda raw, W, bias: short_conv(raw, W, bias, doc_BL=doc_BL))
         c, b = self.rotate(c, b, cos, sin)
         near = window_attention(c, b, x, w, doc_BL=doc_BL) if w else None
-        far, _ = ssd(
-            delay(x, w, doc_BL), delay(self.step_size(dt), w), self.A_S, delay(b, w), c, self.D, doc_BL=doc_BL
-        )
+        far, _ = ssd(delay(x, w, doc_BL), delay(self.step_size(dt), w), self.A_S, delay(b, w), c, self.D, doc_BL=doc_BL)
         return near, self.norm(far) if self.config.norm == "before_gate" else far
 
     def norm(self, y: Tensor) -> Tensor:
@@ -188,9 +186,7 @@ class MixerCore(nn.Module):
 
         x, b, c = self.split(q, k, v, conv)
         c, b = self.rotate(c, b, cos, sin)
-        near, far = replay(
-            slots, layout, slot_ids, starts, lengths, x, self.step_size(dt), self.A_S, b, c, self.D
-        )
+        near, far = replay(slots, layout, slot_ids, starts, lengths, x, self.step_size(dt), self.A_S, b, c, self.D)
         if self.config.norm == "before_gate":
             far = self.norm(far)
         return self.readout(near, far, z).to(q.dtype)

@@ -213,7 +213,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
 
     @staticmethod
     def _mask(T, past, valid_BL, document_ids, device) -> Tensor | None:
-        if T == past + T and valid_BL is None and document_ids is None:
+        if past + T == T and valid_BL is None and document_ids is None:
             return None
         query = torch.arange(past, past + T, device=device)[:, None]
         mask = (torch.arange(past + T, device=device) <= query)[None, None]

@@ -19,7 +19,6 @@ See `slot.py` for when a flush happens and why no read collides with a write.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .slot import SlotLayout, SlotTensors
@@ -69,7 +68,7 @@ def replay(
     near_MHP = torch.empty_like(far_MHP) if layout.window else None
     first, short = 0, []
     for r, T in enumerate(lengths):
-        if T <= layout.step:
+        if layout.step >= T:
             short.append((r, first))
         else:
             span = slice(first, first + T)

@@ -1,0 +1,194 @@
+"""The one checkpoint format: a Hugging Face directory, read whole or written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import HybridMambaConfig
+from .errors import UserError
+from .model import HybridMambaForCausalLM
+from .source import COMPANIONS, hybrid_config, open_source
+
+FP32 = ".core."  # parameters that keep fp32 whatever the rest is stored in
+CARD = "README.md"
+
+
+def load_config(path: str | Path) -> HybridMambaConfig:
+    """Configuration of a hybrid, or of a plain Llama, Mistral or Qwen2 as a hybrid with no mixer.
+
+    Raises:
+        UserError: as `open_source`.
+    """
+    return hybrid_config(open_source(path).config)
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> HybridMambaForCausalLM:
+    """Load a hybrid, or a plain Llama, Mistral or Qwen2 (directory or GGUF) as a hybrid with no mixer.
+
+    Args:
+        path: the checkpoint.
+        dtype: of the parameters, but for the mixers' cores, which are fp32.
+
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks tensors, has strange ones or ones of another shape.
+    """
+    source = open_source(path)
+    config = hybrid_config(source.config)
+    with torch.device("meta"):
+        model = HybridMambaForCausalLM(config)
+    wanted = {n: t for n, t in model.state_dict().items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
+    names = set(source.names) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    missing, strange = sorted(wanted.keys() - names), sorted(names - wanted.keys())
+    if missing or strange:
+        raise UserError(
+            f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
+            f"{len(strange)} unknown {strange[:2]}"
+        )
+    state: dict[str, Tensor] = {}
+    for name, like in wanted.items():
+        t = source.tensor(name)
+        if t.shape != like.shape:
+            raise UserError(f"{path}: {name} is {tuple(t.shape)}, its config.json says {tuple(like.shape)}")
+        state[name] = t.to(torch.float32 if FP32 in name else dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    # buffers (rotary frequencies) are no part of a checkpoint
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def atomic_directory(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `out` that becomes `out` when the block ends, and vanishes if it raises.
+
+    Raises:
+        UserError: `out` exists and overwrite is off, or cannot be made.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another directory or --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as e:
+        raise UserError(f"{out} cannot be written: {e.strerror}") from e
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+        work.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            work.rename(out)
+            shutil.rmtree(old)
+        else:
+            work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+class ShardWriter:
+    """Writes tensors into safetensors shards as they come, holding one shard in memory.
+
+    Args:
+        out: directory.
+        shard_bytes: a shard is written when it would grow over this.
+    """
+
+    def __init__(self, out: Path, shard_bytes: int = 2 * 2**30) -> None:
+        self.out, self.shard_bytes = out, shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._bytes + size > self.shard_bytes:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        save_file(self._held, self.out / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        self._shards.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def close(self) -> None:
+        """Write what is left, name the shards as transformers does, and their index if there are several."""
+        if self._held:
+            self._flush()
+        if len(self._shards) == 1:
+            (self.out / "shard-0").rename(self.out / "model.safetensors")
+            return
+        n, where = len(self._shards), {}
+        for i, names in enumerate(self._shards):
+            file = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
+            (self.out / f"shard-{i}").rename(self.out / file)
+            where |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": where}
+        (self.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def copy_companions(like: Path) -> Callable[[Path], None]:
+    """Function that copies tokenizer, chat template, generation config and model card from `like`."""
+
+    def copy(out: Path) -> None:
+        for name in (*COMPANIONS, CARD):
+            if (like / name).is_file():
+                shutil.copyfile(like / name, out / name)
+
+    return copy
+
+
+def save_model(
+    out: str | Path,
+    config: HybridMambaConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    like: str | Path | Callable[[Path], None],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint atomically: all of it or nothing.
+
+    Args:
+        out: directory, which must not exist unless `overwrite`.
+        config: the model's; its dtype is set to the embeddings'.
+        tensors: (name, tensor) pairs under the model's state-dict names, stored as they are. A tied lm_head is
+            left out; the mixers' cores are stored in fp32.
+        like: directory whose tokenizer, chat template, generation config and model card are copied, or a
+            function that writes such files.
+        overwrite: replace `out`.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    companions = like if callable(like) else copy_companions(Path(like))
+    with atomic_directory(out, overwrite=overwrite) as work:
+        writer = ShardWriter(work)
+        for name, tensor in tensors:
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            if name == "model.embed_tokens.weight":
+                config.dtype = tensor.dtype
+            writer.add(name, tensor.float() if FP32 in name else tensor)
+        writer.close()
+        config.save_pretrained(work)
+        companions(work)
