@@ -109,17 +109,23 @@ class MixerCore(nn.Module):
             return q, k
         return apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim=-2)
 
-    def near_far(
-        self, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Both parts of whole sequences before their weights: near (B, L, H, P) or None, far normed unless the
-        norm comes after the gate."""
-        w = self.config.window
-        x, b, c = self.split(q, k, v, lambda raw, W, bias: short_conv(raw, W, bias, doc_BL=doc_BL))
+    def inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, G, P), B (B, L, G, N) and C (B, L, H, N) of whole sequences, convolved and rotated."""
+        x, b, c = self.split(q, k, v, lambda raw, weight, bias: short_conv(raw, weight, bias, doc_BL=doc_BL))
         c, b = self.rotate(c, b, cos, sin)
-        near = window_attention(c, b, x, w, doc_BL=doc_BL) if w else None
+        return x, b, c
+
+    def near(self, x: Tensor, b: Tensor, c: Tensor, doc_BL: Tensor | None) -> Tensor | None:
+        """Attention over the window (B, L, H, P) before its weight, None without a window."""
+        return window_attention(c, b, x, self.config.window, doc_BL=doc_BL) if self.config.window else None
+
+    def far(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None) -> Tensor:
+        """The SSD on what has left the window (B, L, H, P), fp32; normed unless the norm comes after the gate."""
+        w = self.config.window
         far, _ = ssd(delay(x, w, doc_BL), delay(self.step_size(dt), w), self.A_S, delay(b, w), c, self.D, doc_BL=doc_BL)
-        return near, self.norm(far) if self.config.norm == "before_gate" else far
+        return self.norm(far) if self.config.norm == "before_gate" else far
 
     def norm(self, y: Tensor) -> Tensor:
         """RMSNorm per head, fp32, without its weight."""
@@ -152,8 +158,8 @@ class MixerCore(nn.Module):
         Returns:
             (B, L, H P), the input of o_proj.
         """
-        near, far = self.near_far(q, k, v, dt, cos, sin, doc_BL)
-        return self.readout(near, far, z).to(q.dtype)
+        x, b, c = self.inputs(q, k, v, cos, sin, doc_BL)
+        return self.readout(self.near(x, b, c, doc_BL), self.far(x, b, c, dt, doc_BL), z).to(q.dtype)
 
     def step(
         self,

@@ -1,0 +1,200 @@
+"""The `mamba-hybrid` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mamba-hybrid", description="Transformers into attention-SSM hybrids.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_convert(commands.add_parser("convert", help="make a hybrid of a Llama, Mistral or Qwen2"))
+    _add_inspect(commands.add_parser("inspect", help="layers, parameters, bytes of a sequence"))
+    _add_compare(commands.add_parser("compare", help="KL of students from their teacher on a text"))
+    _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
+    _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
+    _add_generate(commands.add_parser("generate", help="answers to a file of prompts, resumable"))
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers such as 1,3,5") from None
+
+
+def _add_convert(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="SRC", help="Hugging Face directory or .gguf file")
+    p.add_argument("out", metavar="OUT", help="directory to write; appears only when it is whole")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--attention-layers", type=_numbers, metavar="1,3,...", help="layers that stay attention")
+    which.add_argument("--keep", type=float, default=0.5, help="share that stays attention, evenly spread (0.5)")
+    p.add_argument("--window", type=int, help="tokens of attention in a mixer (64; 0: pure SSM)")
+    p.add_argument("--state-heads", type=int, metavar="N", help="states of a mixer (the query heads)")
+    p.add_argument("--short-conv", type=int, choices=(0, 4), help="depthwise convolution in the mixers (0)")
+    p.add_argument("--gate", choices=("sigmoid", "silu", "none"), help="gate of the mixers (sigmoid)")
+    p.add_argument("--no-ssm-rope", dest="ssm_rope", action="store_const", const=False, help="do not rotate B and C")
+    p.add_argument("--max-positions", type=int, help="longest context of the hybrid (the source's)")
+    p.add_argument("--calibrate", metavar="TEXT", help=".txt or .jsonl to calibrate on")
+    p.add_argument("--column", default="text", help="of a .jsonl TEXT (text)")
+    p.add_argument("--calibrate-tokens", type=int, default=16_384, metavar="N", help="tokens of TEXT to use (16384)")
+    p.add_argument("--calibrate-length", type=int, default=1024, metavar="N", help="tokens of a sequence (1024)")
+    p.add_argument("--calibrate-on", choices=("teacher", "student"), default="teacher", help="whose layer inputs")
+    p.add_argument("--ridge", type=float, default=0.1, help="pull of out projections to the attention's (0.1)")
+    p.add_argument("--init", choices=("calibrated", "original"), default="calibrated", help="original: the paper's")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to store in (the source's)")
+    p.add_argument("--seed", type=int, default=0, help="of --init original")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT")
+    p.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import Conversion, convert, format_report
+
+    mixer = {
+        "window": args.window,
+        "state_heads": args.state_heads,
+        "short_conv": args.short_conv,
+        "gate": args.gate,
+        "ssm_rope": args.ssm_rope,
+        "max_position_embeddings": args.max_positions,
+    }
+    report = convert(
+        Conversion(
+            source=args.source,
+            out=args.out,
+            attention_layers=args.attention_layers,
+            keep=args.keep,
+            mixer={k: v for k, v in mixer.items() if v is not None},
+            init=args.init,
+            calibrate=args.calibrate,
+            column=args.column,
+            tokens=args.calibrate_tokens,
+            length=args.calibrate_length,
+            inputs=args.calibrate_on,
+            ridge=args.ridge,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            seed=args.seed,
+        )
+    )
+    print(format_report(report))
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _add_inspect(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", metavar="DIR", help="checkpoint")
+    p.add_argument("--context", type=int, help="tokens of the sequence (the model's limit)")
+    p.add_argument("--drafts", type=int, default=0, help="drafted tokens of a speculative step (0)")
+    p.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .inspect import inspect
+
+    print(inspect(args.path, context=args.context, drafts=args.drafts))
+    return 0
+
+
+def _add_compare(p: argparse.ArgumentParser) -> None:
+    p.add_argument("teacher", metavar="TEACHER")
+    p.add_argument("students", metavar="STUDENT", nargs="+", help="later ones are compared with the first")
+    p.add_argument("--text", required=True, help=".txt or .jsonl")
+    p.add_argument("--column", default="text", help="of a .jsonl text (text)")
+    p.add_argument("--tokens", type=int, default=20_000, help="tokens of the text (20000)")
+    p.add_argument("--length", type=int, default=1024, help="tokens of a sequence (1024)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (float32)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    p.add_argument("--json", metavar="FILE", help="write the figures, passages included")
+    p.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    import torch
+
+    from .compare import compare, format_distances
+
+    distances = compare(
+        args.teacher,
+        args.students,
+        args.text,
+        tokens=args.tokens,
+        length=args.length,
+        column=args.column,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+    )
+    print(format_distances(distances))
+    if args.json:
+        Path(args.json).write_text(json.dumps({k: dataclasses.asdict(d) for k, d in distances.items()}, indent=1))
+    return 0
+
+
+def _add_import(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="FILE.gguf")
+    p.add_argument("out", metavar="OUT", help="directory to write; appears only when it is whole")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT")
+    p.set_defaults(run=_import)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from .importer import import_gguf
+
+    import_gguf(args.source, args.out, dtype=args.dtype, overwrite=args.overwrite)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _add_serve(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="DIR", help="checkpoint")
+    p.add_argument("vllm_args", nargs=argparse.REMAINDER, metavar="...", help="flags of `vllm serve`")
+    p.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from vllm_plugin.serve import serve
+
+    return serve(args.model, args.vllm_args)
+
+
+def _add_generate(p: argparse.ArgumentParser) -> None:
+    from vllm_plugin.generate import add_arguments  # light: vLLM itself is imported when it runs
+
+    add_arguments(p)
+    p.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from vllm_plugin.generate import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

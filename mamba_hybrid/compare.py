@@ -1,0 +1,144 @@
+"""How far students are from their teacher on a text: KL per token, agreement, perplexity, passage by passage.
+
+Shapes: L tokens of one sequence, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.stats import ttest_rel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from .checkpoint import load_model
+from .convert import load_tokenizer
+from .errors import UserError
+from .model import HybridMambaForCausalLM
+from .source import open_source
+from .text import read_texts, token_stream
+
+
+@dataclass
+class Distance:
+    """A student's distance from the teacher.
+
+    Args:
+        kl: mean KL(teacher || student) in nats per token.
+        agreement: share of tokens at which both rank the same token first.
+        perplexity_ratio: the student's perplexity over the teacher's.
+        tokens: how many were scored.
+        passage_kl: mean KL of each passage's tokens, in the order of the text.
+    """
+
+    kl: float
+    agreement: float
+    perplexity_ratio: float
+    tokens: int
+    passage_kl: list[float]
+
+
+@torch.no_grad()
+def compare(
+    teacher: str | Path,
+    students: list[str],
+    text: str | Path,
+    *,
+    tokens: int = 20_000,
+    length: int = 1024,
+    column: str = "text",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Distance]:
+    """Score students against a teacher on the first `tokens` tokens of a text.
+
+    Args:
+        teacher, students: checkpoints with one vocabulary.
+        text: .txt or .jsonl; its passages are joined and cut into sequences of `length` tokens.
+        tokens, length: how much, and how long a sequence is.
+        column: of a .jsonl text.
+        dtype, device: to compute in and on.
+
+    Returns:
+        Student -> distance.
+
+    Raises:
+        UserError: a checkpoint or the text cannot be read, or vocabularies differ.
+    """
+    source = open_source(teacher)
+    stream_T, passage_T = token_stream(read_texts(text, column), load_tokenizer(source), tokens)
+    model = load_model(teacher, dtype).to(device)
+    result = {}
+    for student in students:
+        other = load_model(student, dtype).to(device)
+        check_vocabularies(source.path, model, Path(student), other)
+        result[student] = _distance(model, other, stream_T.to(device), passage_T, length, Path(student).name)
+    return result
+
+
+def check_vocabularies(a: Path, model_a: HybridMambaForCausalLM, b: Path, model_b: HybridMambaForCausalLM) -> None:
+    """Two models must have one vocabulary, or a KL between them means nothing.
+
+    Raises:
+        UserError: other sizes, or tokenizers that number tokens differently.
+    """
+    if model_a.vocab_size != model_b.vocab_size:
+        raise UserError(f"{a} has {model_a.vocab_size} tokens and {b} has {model_b.vocab_size}; they must be the same")
+    if a.is_dir() and b.is_dir():
+        va, vb = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (a, b))
+        if va != vb:
+            odd = next(iter(sorted(va.items() ^ vb.items())))
+            raise UserError(f"the tokenizers of {a} and {b} differ, in {odd[0]!r} for one; they must be the same")
+
+
+def _distance(
+    teacher: HybridMambaForCausalLM,
+    student: HybridMambaForCausalLM,
+    stream_T: Tensor,
+    passage_T: Tensor,
+    length: int,
+    name: str,
+) -> Distance:
+    kl_T, agree, surprise = [], 0, 0.0
+    for row in tqdm(stream_T.split(length), desc=f"comparing {name}", unit="seq", disable=None):
+        t_LD, s_LD = (m.model(row[None]).last_hidden_state[0] for m in (teacher, student))
+        for at in range(0, len(row), 256):  # never length x vocabulary
+            p_LV = teacher.lm_head(t_LD[at : at + 256]).float().log_softmax(-1)
+            q_LV = student.lm_head(s_LD[at : at + 256]).float().log_softmax(-1)
+            kl_T.append((p_LV.exp() * (p_LV - q_LV)).sum(-1).cpu())
+            agree += int((p_LV.argmax(-1) == q_LV.argmax(-1)).sum())
+            following = row[at + 1 : at + 257, None]
+            surprise += float((p_LV - q_LV)[: len(following)].gather(-1, following).sum())
+    kl = torch.cat(kl_T).double()
+    scored = len(kl) - math.ceil(len(kl) / length)  # the last token of a sequence has none after it
+    counts = torch.bincount(passage_T).double()
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, passage_T, kl)
+    return Distance(
+        kl=float(kl.mean()),
+        agreement=agree / len(kl),
+        perplexity_ratio=math.exp(surprise / scored),
+        tokens=len(kl),
+        passage_kl=(sums / counts)[counts > 0].tolist(),
+    )
+
+
+def paired_p(before: Distance, after: Distance) -> float:
+    """Two-sided p of a paired t-test of two students' KL over passages."""
+    return float(ttest_rel(before.passage_kl, after.passage_kl).pvalue)
+
+
+def format_distances(distances: dict[str, Distance]) -> str:
+    """The table that `mamba-hybrid compare` prints; later students are compared with the first."""
+    width = max(len(s) for s in distances)
+    lines = [f"{'student':{width}}  KL nats/token  top-1 agreement  perplexity ratio  change    paired p"]
+    first = next(iter(distances.values()))
+    for name, d in distances.items():
+        change = "" if d is first else f"{100 * (d.kl / first.kl - 1):+6.1f} %  {paired_p(first, d):9.2g}"
+        row = f"{name:{width}}  {d.kl:13.4f}  {d.agreement:15.3f}  {d.perplexity_ratio:16.3f}  {change}"
+        lines.append(row.rstrip())
+    lines.append(f"{first.tokens} tokens of {len(first.passage_kl)} passages")
+    return "\n".join(lines)

@@ -1,0 +1,360 @@
+"""Conversion: a pretrained Transformer in, a hybrid out, layer by layer.
+
+One layer's weights are in memory at a time, beside the hidden states of the calibration tokens: those of the
+teacher and those of the student as converted so far walk through the layers side by side.
+
+Shapes: B sequences, L length, D model width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .calibrate import Fit, calibrate_mixer
+from .checkpoint import save_model
+from .config import ATTENTION, MIXER, HybridMambaConfig
+from .errors import UserError
+from .mixer import HybridMixer
+from .model import Batch, HybridLayer
+from .source import Source, hybrid_config, open_source
+from .text import read_texts, token_stream
+
+INPUTS = ("student", "teacher")
+INITS = ("calibrated", "original")
+# the block of the paper's released code, whose new parts start at random
+ORIGINAL = dict(window=0, state_heads=None, ssm_rope=False, short_conv=4, gate="silu", norm="after_gate")
+
+
+@dataclass
+class Conversion:
+    """What to convert and how.
+
+    Args:
+        source: Hugging Face directory or GGUF file.
+        out: directory to write.
+        attention_layers: layers that stay attention; None keeps a share, evenly spread.
+        keep: that share.
+        mixer: HybridMambaConfig's mixer fields; None leaves a default.
+        init: "calibrated", or "original" for the paper's random start, for comparison.
+        calibrate: text to calibrate on; None only copies the projections.
+        column: of a .jsonl text.
+        tokens, length: of the calibration text, and of one of its sequences.
+        inputs: calibrate each layer on the "student"'s own inputs or on the "teacher"'s.
+        ridge: pull of the output projection to the attention's.
+        dtype: "float32", "bfloat16", "float16" or None for the source's (GGUF: bfloat16).
+        overwrite: replace `out`.
+        seed: of init "original".
+    """
+
+    source: str
+    out: str
+    attention_layers: list[int] | None = None
+    keep: float = 0.5
+    mixer: dict[str, object] = field(default_factory=dict)
+    init: str = "calibrated"
+    calibrate: str | None = None
+    column: str = "text"
+    tokens: int = 16_384
+    length: int = 1024
+    inputs: str = "student"
+    ridge: float = 0.1
+    dtype: str | None = None
+    overwrite: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Report:
+    """What a conversion did: the fit of each converted layer and the step-0 KL, None without a calibration text."""
+
+    config: HybridMambaConfig
+    fits: dict[int, Fit | None]
+    kl: float | None
+    kl_tokens: int
+
+
+def attention_layers(layers: int, keep: float) -> list[int]:
+    """Which layers stay attention when a share is kept, evenly spread: the last of each period, as in the paper.
+
+    Example:
+        >>> attention_layers(8, 0.25)
+        [3, 7]
+    """
+    if not 0 <= keep <= 1:
+        raise UserError(f"--keep {keep} must be between 0 and 1")
+    kept = round(keep * layers)
+    return [i for i in range(layers) if (i + 1) * kept // layers > i * kept // layers]
+
+
+def convert(job: Conversion) -> Report:
+    """Run a conversion; see `Conversion`.
+
+    Returns:
+        What was done, for `format_report`.
+
+    Raises:
+        UserError: bad input; nothing is written then.
+    """
+    if job.inputs not in INPUTS or job.init not in INITS:
+        raise UserError(f"inputs {job.inputs!r} must be one of {INPUTS} and init {job.init!r} one of {INITS}")
+    if Path(job.out).exists() and not job.overwrite:
+        raise UserError(f"{job.out} exists; give another directory or --overwrite")
+    source = open_source(job.source)
+    if source.config.model_type == HybridMambaConfig.model_type and source.config.mixer_layers:
+        raise UserError(f"{job.source} is a hybrid already; convert the Transformer it came from")
+    n = source.config.num_hidden_layers
+    kept = attention_layers(n, job.keep) if job.attention_layers is None else sorted(set(job.attention_layers))
+    out_of_range = [i for i in kept if not 0 <= i < n]
+    if out_of_range:
+        raise UserError(f"--attention-layers {out_of_range} are not among the model's layers 0..{n - 1}")
+    mixer = (
+        dict(job.mixer)
+        if job.init == "calibrated"
+        else ORIGINAL | {k: v for k, v in job.mixer.items() if k == "max_position_embeddings"}
+    )
+    config = hybrid_config(source.config, layer_types=[ATTENTION if i in kept else MIXER for i in range(n)], **mixer)
+    walk = Walk(source, config, job)
+    converting = sorted(config.mixer_layers)
+    dtype = getattr(torch, job.dtype) if job.dtype else _stored_dtype(source)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in walk.tensors():
+            yield name, tensor.to(dtype)
+
+    def companions(out: Path) -> None:
+        source.save_companions(out)
+        (out / "README.md").write_text(model_card(job, config, walk, n))
+
+    save_model(job.out, config, tensors(), companions, overwrite=job.overwrite)
+    return Report(config, {i: walk.fits.get(i) for i in converting}, walk.kl, walk.kl_tokens)
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    return torch.bfloat16 if source.path.is_file() else source.tensor("model.norm.weight").dtype
+
+
+class Walk:
+    """Goes through a source's layers once, converting; `tensors` yields the hybrid's, and fills `fits` and `kl`.
+
+    Args:
+        source: the Transformer.
+        config: of the hybrid.
+        job: the conversion.
+
+    Raises:
+        UserError: a calibration text that cannot be read or is too short.
+    """
+
+    def __init__(self, source: Source, config: HybridMambaConfig, job: Conversion) -> None:
+        self.source, self.config, self.job = source, config, job
+        self.fits: dict[int, Fit] = {}
+        self.kl: float | None = None
+        self.kl_tokens = 0
+        self.attention = hybrid_config(source.config, max_position_embeddings=config.max_position_embeddings)
+        self.ids_BL = self._calibration_tokens() if job.calibrate else None
+        self.held = 0 if self.ids_BL is None else max(1, len(self.ids_BL) // 5)  # sequences the KL is taken on
+
+    def _calibration_tokens(self) -> Tensor:
+        job = self.job
+        if job.length > self.config.max_position_embeddings:
+            raise UserError(
+                f"--calibrate-length {job.length} is over the model's context {self.config.max_position_embeddings}"
+            )
+        tokenizer = load_tokenizer(self.source)
+        tokens, _ = token_stream(read_texts(job.calibrate, job.column), tokenizer, job.tokens)
+        rows = len(tokens) // job.length
+        if rows < 2:
+            raise UserError(
+                f"{job.calibrate} has {len(tokens)} tokens, calibration needs 2 sequences of "
+                f"--calibrate-length {job.length}"
+            )
+        return tokens[: rows * job.length].view(rows, job.length)
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the hybrid, in the order of the layers."""
+        source, ids = self.source, self.ids_BL
+        embed = source.tensor("model.embed_tokens.weight")
+        yield "model.embed_tokens.weight", embed
+        teacher = student = batch = None
+        if ids is not None:
+            teacher = nn.functional.embedding(ids, embed.float())
+            student = teacher
+            cos, sin = LlamaRotaryEmbedding(self.config)(teacher, torch.arange(ids.shape[1])[None])
+            batch = Batch(cos, sin, None, None, None, None)
+        layers = range(self.config.num_hidden_layers)
+        for i in tqdm(layers, desc="converting", unit="layer", disable=None):
+            prefix = f"model.layers.{i}."
+            old = self._attention_layer(i)
+            new = self._converted(old, i) if i in self.config.mixer_layers else old
+            if batch is not None:
+                teacher, student = self._advance(i, old, new, teacher, student, batch)
+            for name, tensor in new.state_dict().items():
+                yield prefix + name, tensor
+        norm = source.tensor("model.norm.weight")
+        yield "model.norm.weight", norm
+        head = embed if self.config.tie_word_embeddings else source.tensor("lm_head.weight")
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", head
+        if ids is not None:
+            self.kl, self.kl_tokens = self._step0_kl(teacher, student, norm, head)
+
+    def _attention_layer(self, i: int) -> HybridLayer:
+        with torch.device("meta"):
+            layer = HybridLayer(self.attention, i)
+        state = {name: self.source.tensor(f"model.layers.{i}.{name}").float() for name in layer.state_dict()}
+        for name, like in layer.state_dict().items():
+            if state[name].shape != like.shape:
+                raise UserError(
+                    f"{self.source.path}: model.layers.{i}.{name} is {tuple(state[name].shape)}, "
+                    f"its config.json says {tuple(like.shape)}"
+                )
+        layer.load_state_dict(state, assign=True)
+        return layer
+
+    def _converted(self, old: HybridLayer, i: int) -> HybridLayer:
+        layer = HybridLayer(self.config, i).to(torch.float32)
+        layer.mlp, layer.input_layernorm = old.mlp, old.input_layernorm
+        layer.post_attention_layernorm = old.post_attention_layernorm
+        mixer = layer.mixer
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(mixer, name).load_state_dict(getattr(old.self_attn, name).state_dict())
+        if self.job.init == "original":
+            original_init(mixer, torch.Generator().manual_seed(self.job.seed + i))
+        else:
+            nn.init.zeros_(mixer.dt_proj.weight)
+            if mixer.z_proj is not None:
+                nn.init.zeros_(mixer.z_proj.weight)
+        return layer
+
+    def _advance(
+        self, i: int, old: HybridLayer, new: HybridLayer, teacher: Tensor, student: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Both hidden states behind layer i, which is calibrated on the way."""
+        heads, fit = [], slice(0, len(teacher) - self.held)
+        mixed_teacher = torch.empty_like(teacher)
+        for b in range(len(teacher)):
+            y = old.self_attn.heads(old.input_layernorm(teacher[b : b + 1]), batch)
+            heads.append(y)
+            mixed_teacher[b] = old.self_attn.o_proj(y)[0]
+        if new.is_mixer and self.job.init == "calibrated":
+            c = self.config
+            if self.job.inputs == "student":
+                u, target = student, teacher + mixed_teacher - student
+            else:
+                u, target = teacher, mixed_teacher
+            self.fits[i] = calibrate_mixer(
+                new.mixer,
+                new.input_layernorm(u[fit]),
+                torch.cat(heads)[fit].unflatten(-1, (c.num_attention_heads, c.head_dim)),
+                target[fit],
+                batch.cos,
+                batch.sin,
+                ridge=self.job.ridge,
+            )
+        out_teacher, out_student = torch.empty_like(teacher), torch.empty_like(student)
+        for b in range(len(teacher)):
+            h = teacher[b : b + 1] + mixed_teacher[b]
+            out_teacher[b] = (h + old.mlp(old.post_attention_layernorm(h)))[0]
+            out_student[b] = new(student[b : b + 1], batch)[0]
+        return out_teacher, out_student
+
+    def _step0_kl(self, teacher: Tensor, student: Tensor, norm: Tensor, head: Tensor) -> tuple[float, int]:
+        """Mean KL(teacher || student) per token on the held-out sequences."""
+        final = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        final.weight.copy_(norm)
+        head, total, count = head.float(), 0.0, 0
+        for t, s in zip(
+            teacher[-self.held :].flatten(0, 1).split(256), student[-self.held :].flatten(0, 1).split(256), strict=True
+        ):
+            p, q = ((final(h) @ head.T).log_softmax(-1) for h in (t, s))
+            total += float((p.exp() * (p - q)).sum())
+            count += len(t)
+        return total / count, count
+
+
+def load_tokenizer(source: Source):
+    """The source's tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    where = (source.path, {}) if source.path.is_dir() else (source.path.parent, {"gguf_file": source.path.name})
+    try:
+        return AutoTokenizer.from_pretrained(where[0], **where[1])
+    except Exception as e:
+        raise UserError(f"{source.path} has no tokenizer that transformers can load: {e}") from e
+
+
+@torch.no_grad()
+def original_init(mixer: HybridMixer, rng: torch.Generator) -> None:
+    """The start of the paper's released code: everything that attention does not have is random.
+
+    Source: mamba_ssm's Mamba-2 defaults (arXiv 2405.21060), which the release keeps: convolution U(+-1/2), A in
+    U(1, 16), dt log-uniform in [1e-3, 1e-1], D and the norm 1, gate and step projections as torch's Linear.
+    """
+    core = mixer.core
+    core.A_log.uniform_(1, 16, generator=rng).log_()
+    dt = torch.empty_like(core.dt_bias).uniform_(math.log(1e-3), math.log(1e-1), generator=rng).exp_()
+    core.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    core.D.fill_(1)
+    core.far_weight.fill_(1)
+    core.conv_weight.uniform_(-0.5, 0.5, generator=rng)
+    core.conv_bias.uniform_(-0.5, 0.5, generator=rng)
+    core.conv_silu.fill_(1)
+    for proj in (mixer.z_proj, mixer.dt_proj):
+        bound = proj.in_features**-0.5
+        proj.weight.uniform_(-bound, bound, generator=rng)
+
+
+def format_report(report: Report) -> str:
+    """The table that `mamba-hybrid convert` prints."""
+    lines = ["layer  error before  error after  half-lives (tokens)"]
+    for i, fit in report.fits.items():
+        if fit is None:
+            lines.append(f"{i:5}  not calibrated")
+        else:
+            lines.append(f"{i:5}  {fit.before:12.4f}  {fit.after:11.4f}  {' '.join(map(str, fit.half_lives))}")
+    if report.kl is None:
+        lines.append("not calibrated: no text was given (--calibrate TEXT); expect a KL of several nats per token")
+    else:
+        lines.append(f"step-0 KL {report.kl:.4f} nats per token on {report.kl_tokens} held-out tokens")
+    return "\n".join(lines)
+
+
+def model_card(job: Conversion, config: HybridMambaConfig, walk: Walk, layers: int) -> str:
+    """README.md of a converted checkpoint: what it is and the recipe that made it."""
+    recipe = {k: v for k, v in asdict(job).items() if k not in ("out", "overwrite")}
+    recipe["source"] = Path(job.source).name
+    recipe["calibrate"] = job.calibrate and Path(job.calibrate).name
+    kl = "not calibrated" if walk.kl is None else f"{walk.kl:.4f} nats per token on {walk.kl_tokens} held-out tokens"
+    mixers = config.mixer_layers
+    return f"""---
+library_name: mamba_hybrid
+tags: [mamba_hybrid, hybrid, ssm]
+---
+# Hybrid of {Path(job.source).name}
+
+{len(mixers)} of {layers} attention layers are grouped-query SSD mixers that started from the attention's weights
+(layers {", ".join(map(str, mixers)) or "none"}). Window {config.window}, {config.state_heads} states a layer.
+It has not been distilled; KL(teacher || student): {kl}.
+
+The licence is that of the model it was converted from.
+
+```json
+{json.dumps(recipe, indent=2)}
+```
+
+Load it with `import mamba_hybrid` and `AutoModelForCausalLM.from_pretrained(...)`, distil it with
+`tune run distill_hybrid`, serve it with `mamba-hybrid serve`.
+"""
