@@ -74,8 +74,9 @@ def calibrate_mixer(
     H, S = core.config.num_attention_heads, core.config.state_heads
     before = relative_error(mixer(u_BLD, cos, sin), target_BLD)
     q, k, v, dt, z = mixer.project(u_BLD)
-    best_S = torch.full((S,), float("inf"))
-    near_H, far_H, a_log_S = torch.ones(H), torch.ones(H), torch.zeros(S)
+    device = u_BLD.device
+    best_S, a_log_S = torch.full((S,), float("inf"), device=device), torch.zeros(S, device=device)
+    near_H, far_H = torch.ones(2, H, device=device)
     chosen = [0] * S
     sums = (0, 1, 3)
     t = heads_BLHP.float()
@@ -91,7 +92,7 @@ def calibrate_mixer(
         far = core.norm(far) if core.config.norm == "after_gate" else far
         ff, ft = far.pow(2).sum(sums), (far * t).sum(sums)
         if near is None:
-            n_H, f_H = torch.zeros(H), ft / ff
+            n_H, f_H = torch.zeros_like(ff), ft / ff
             error_H = tt - f_H * ft
         else:
             nf = (near * far).sum(sums)

@@ -138,7 +138,8 @@ class ShardWriter:
         if len(self._shards) == 1:
             (self.out / "shard-0").rename(self.out / "model.safetensors")
             return
-        n, where = len(self._shards), {}
+        n = len(self._shards)
+        where: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             file = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
             (self.out / f"shard-{i}").rename(self.out / file)

@@ -68,6 +68,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--init", choices=("calibrated", "original"), default="calibrated", help="original: the paper's")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to store in (the source's)")
     p.add_argument("--seed", type=int, default=0, help="of --init original")
+    p.add_argument("--device", default="cpu", help="to calibrate on, cpu or cuda (cpu)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     p.set_defaults(run=_convert)
 
@@ -100,6 +101,7 @@ def _convert(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             overwrite=args.overwrite,
             seed=args.seed,
+            device=args.device,
         )
     )
     print(format_report(report))

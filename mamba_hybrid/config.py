@@ -25,8 +25,8 @@ class HybridMambaConfig(LlamaConfig):
         window: tokens of softmax attention in a mixer; its state is fed with what has left them. 0 is the
             paper's pure SSM.
         state_heads: states of a mixer, a multiple of num_key_value_heads that divides num_attention_heads
-            (None: num_attention_heads).
-        state_size: width N of a state's keys (None: head_dim; must be head_dim with a window, whose attention
+            (0: num_attention_heads).
+        state_size: width N of a state's keys (0: head_dim; must be head_dim with a window, whose attention
             uses the same keys).
         ssm_rope: rotate the mixers' B and C as the attention's keys and queries are.
         short_conv: width of the depthwise convolution on x, B and C, 0 for none.
@@ -46,8 +46,8 @@ class HybridMambaConfig(LlamaConfig):
 
     layer_types: list[str] | None = None
     window: int = 64
-    state_heads: int | None = None
-    state_size: int | None = None
+    state_heads: int = 0
+    state_size: int = 0
     ssm_rope: bool = True
     short_conv: int = 0
     gate: str = "sigmoid"
@@ -58,11 +58,9 @@ class HybridMambaConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = [ATTENTION] * self.num_hidden_layers
-        if self.state_heads is None:
-            self.state_heads = self.num_attention_heads
+        self.state_heads = self.state_heads or self.num_attention_heads
         super().__post_init__(**kwargs)
-        if self.state_size is None:
-            self.state_size = self.head_dim
+        self.state_size = self.state_size or self.head_dim
         self.attention_bias = self.qkv_bias  # the name vLLM's Llama reads
 
     def validate_architecture(self) -> None:
@@ -72,7 +70,7 @@ class HybridMambaConfig(LlamaConfig):
 
     def validate_mixer(self) -> None:
         """Checked when a configuration is made."""
-        H, G, S = self.num_attention_heads, self.num_key_value_heads, self.state_heads or self.num_attention_heads
+        H, G, S = self.num_attention_heads, self.num_key_value_heads, self.state_heads
         if S % G or H % S:
             raise ValueError(
                 f"state_heads {S} must be a multiple of num_key_value_heads {G} and divide num_attention_heads {H}"
@@ -93,7 +91,7 @@ class HybridMambaConfig(LlamaConfig):
             raise ValueError(f"norm {self.norm!r} is none of {NORMS}")
         if self.norm == "after_gate" and self.window:
             raise ValueError(f"norm 'after_gate' is for window 0, not window {self.window}")
-        if self.window and self.state_size not in (None, self.head_dim):
+        if self.window and self.state_size not in (0, self.head_dim):
             raise ValueError(f"state_size {self.state_size} must be head_dim {self.head_dim} with window {self.window}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if self.ssm_rope and rope_type not in FIXED_ROPE:

@@ -32,7 +32,7 @@ from .text import read_texts, token_stream
 INPUTS = ("student", "teacher")
 INITS = ("calibrated", "original")
 # the block of the paper's released code, whose new parts start at random
-ORIGINAL = dict(window=0, state_heads=None, ssm_rope=False, short_conv=4, gate="silu", norm="after_gate")
+ORIGINAL = dict(window=0, ssm_rope=False, short_conv=4, gate="silu", norm="after_gate")
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Conversion:
         dtype: "float32", "bfloat16", "float16" or None for the source's (GGUF: bfloat16).
         overwrite: replace `out`.
         seed: of init "original".
+        device: to calibrate on.
     """
 
     source: str
@@ -66,11 +67,12 @@ class Conversion:
     column: str = "text"
     tokens: int = 16_384
     length: int = 1024
-    inputs: str = "student"
+    inputs: str = "teacher"
     ridge: float = 0.1
     dtype: str | None = None
     overwrite: bool = False
     seed: int = 0
+    device: str = "cpu"
 
 
 @dataclass
@@ -143,6 +145,15 @@ def _stored_dtype(source: Source) -> torch.dtype:
     return torch.bfloat16 if source.path.is_file() else source.tensor("model.norm.weight").dtype
 
 
+@dataclass
+class Streams:
+    """Hidden states of the calibration tokens (B, L, D) in teacher and student, and what their layers share."""
+
+    teacher: Tensor
+    student: Tensor
+    batch: Batch
+
+
 class Walk:
     """Goes through a source's layers once, converting; `tensors` yields the hybrid's, and fills `fits` and `kl`.
 
@@ -166,6 +177,7 @@ class Walk:
 
     def _calibration_tokens(self) -> Tensor:
         job = self.job
+        assert job.calibrate is not None
         if job.length > self.config.max_position_embeddings:
             raise UserError(
                 f"--calibrate-length {job.length} is over the model's context {self.config.max_position_embeddings}"
@@ -186,19 +198,19 @@ class Walk:
         source, ids = self.source, self.ids_BL
         embed = source.tensor("model.embed_tokens.weight")
         yield "model.embed_tokens.weight", embed
-        teacher = student = batch = None
+        streams = None
         if ids is not None:
-            teacher = nn.functional.embedding(ids, embed.float())
-            student = teacher
-            cos, sin = LlamaRotaryEmbedding(self.config)(teacher, torch.arange(ids.shape[1])[None])
-            batch = Batch(cos, sin, None, None, None, None)
+            start = nn.functional.embedding(ids, embed.float()).to(self.job.device)
+            positions = torch.arange(ids.shape[1], device=start.device)[None]
+            cos, sin = LlamaRotaryEmbedding(self.config).to(start.device)(start, positions)
+            streams = Streams(start, start, Batch(cos, sin, None, None, None, None))
         layers = range(self.config.num_hidden_layers)
         for i in tqdm(layers, desc="converting", unit="layer", disable=None):
             prefix = f"model.layers.{i}."
             old = self._attention_layer(i)
             new = self._converted(old, i) if i in self.config.mixer_layers else old
-            if batch is not None:
-                teacher, student = self._advance(i, old, new, teacher, student, batch)
+            if streams is not None:
+                self._advance(i, old, new, streams)
             for name, tensor in new.state_dict().items():
                 yield prefix + name, tensor
         norm = source.tensor("model.norm.weight")
@@ -206,8 +218,8 @@ class Walk:
         head = embed if self.config.tie_word_embeddings else source.tensor("lm_head.weight")
         if not self.config.tie_word_embeddings:
             yield "lm_head.weight", head
-        if ids is not None:
-            self.kl, self.kl_tokens = self._step0_kl(teacher, student, norm, head)
+        if streams is not None:
+            self.kl, self.kl_tokens = self._step0_kl(streams, norm, head)
 
     def _attention_layer(self, i: int) -> HybridLayer:
         with torch.device("meta"):
@@ -237,46 +249,37 @@ class Walk:
                 nn.init.zeros_(mixer.z_proj.weight)
         return layer
 
-    def _advance(
-        self, i: int, old: HybridLayer, new: HybridLayer, teacher: Tensor, student: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Both hidden states behind layer i, which is calibrated on the way."""
-        heads, fit = [], slice(0, len(teacher) - self.held)
-        mixed_teacher = torch.empty_like(teacher)
-        for b in range(len(teacher)):
-            y = old.self_attn.heads(old.input_layernorm(teacher[b : b + 1]), batch)
-            heads.append(y)
-            mixed_teacher[b] = old.self_attn.o_proj(y)[0]
+    def _advance(self, i: int, old: HybridLayer, new: HybridLayer, streams: Streams) -> None:
+        """Take both streams through layer i, which is calibrated on the way."""
+        old.to(self.job.device)
+        new.to(self.job.device)
+        teacher, student, batch = streams.teacher, streams.student, streams.batch
+        heads = torch.cat([old.self_attn.heads(old.input_layernorm(h[None]), batch) for h in teacher])
+        mixed = torch.stack([old.self_attn.o_proj(y) for y in heads])
         if new.is_mixer and self.job.init == "calibrated":
-            c = self.config
-            if self.job.inputs == "student":
-                u, target = student, teacher + mixed_teacher - student
-            else:
-                u, target = teacher, mixed_teacher
+            on_student = self.job.inputs == "student"
+            inputs, target = (student, teacher + mixed - student) if on_student else (teacher, mixed)
+            fit = slice(0, len(teacher) - self.held)
             self.fits[i] = calibrate_mixer(
                 new.mixer,
-                new.input_layernorm(u[fit]),
-                torch.cat(heads)[fit].unflatten(-1, (c.num_attention_heads, c.head_dim)),
+                new.input_layernorm(inputs[fit]),
+                heads[fit].unflatten(-1, (self.config.num_attention_heads, self.config.head_dim)),
                 target[fit],
                 batch.cos,
                 batch.sin,
                 ridge=self.job.ridge,
             )
-        out_teacher, out_student = torch.empty_like(teacher), torch.empty_like(student)
-        for b in range(len(teacher)):
-            h = teacher[b : b + 1] + mixed_teacher[b]
-            out_teacher[b] = (h + old.mlp(old.post_attention_layernorm(h)))[0]
-            out_student[b] = new(student[b : b + 1], batch)[0]
-        return out_teacher, out_student
+        streams.teacher = torch.stack([h + old.mlp(old.post_attention_layernorm(h)) for h in teacher + mixed])
+        streams.student = torch.cat([new(h[None], batch) for h in student])
 
-    def _step0_kl(self, teacher: Tensor, student: Tensor, norm: Tensor, head: Tensor) -> tuple[float, int]:
-        """Mean KL(teacher || student) per token on the held-out sequences."""
+    def _step0_kl(self, streams: Streams, norm: Tensor, head: Tensor) -> tuple[float, int]:
+        """Mean KL(teacher || student) per token on the held-out sequences, and their tokens."""
         final = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         final.weight.copy_(norm)
-        head, total, count = head.float(), 0.0, 0
-        for t, s in zip(
-            teacher[-self.held :].flatten(0, 1).split(256), student[-self.held :].flatten(0, 1).split(256), strict=True
-        ):
+        final.to(self.job.device)
+        head, total, count = head.float().to(self.job.device), 0.0, 0
+        held = (h[-self.held :].flatten(0, 1).split(256) for h in (streams.teacher, streams.student))
+        for t, s in zip(*held, strict=True):
             p, q = ((final(h) @ head.T).log_softmax(-1) for h in (t, s))
             total += float((p.exp() * (p - q)).sum())
             count += len(t)
@@ -312,6 +315,7 @@ def original_init(mixer: HybridMixer, rng: torch.Generator) -> None:
     core.conv_weight.uniform_(-0.5, 0.5, generator=rng)
     core.conv_bias.uniform_(-0.5, 0.5, generator=rng)
     core.conv_silu.fill_(1)
+    assert mixer.z_proj is not None
     for proj in (mixer.z_proj, mixer.dt_proj):
         bound = proj.in_features**-0.5
         proj.weight.uniform_(-bound, bound, generator=rng)

@@ -135,9 +135,8 @@ class MixerCore(nn.Module):
     def readout(self, near: Tensor | None, far: Tensor, z: Tensor | None) -> Tensor:
         """(..., H P) for o_proj, in z's dtype (fp32 without a gate)."""
         dtype = torch.float32 if z is None else z.dtype
-        if z is None:
-            gate = 1.0
-        else:
+        gate: Tensor | float = 1.0
+        if z is not None:
             zh = z.float().view(far.shape)
             gate = F.silu(zh) if self.config.gate == "silu" else 2 * torch.sigmoid(zh)
         if self.config.norm == "after_gate":

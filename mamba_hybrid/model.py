@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache import HybridCache
-from .config import MIXER, HybridMambaConfig
+from .config import HybridMambaConfig
 from .mixer import HybridMixer
 
 
@@ -82,7 +82,7 @@ class HybridLayer(nn.Module):
     def __init__(self, config: HybridMambaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.is_mixer = config.layer_types[layer] == MIXER
+        self.is_mixer = layer in config.mixer_layers
         if self.is_mixer:
             self.mixer = HybridMixer(config)
         else:
@@ -98,6 +98,7 @@ class HybridLayer(nn.Module):
         if batch.cache is None:
             return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL)
         cache, valid = batch.cache, batch.valid_BT
+        assert valid is not None
         lengths = valid.sum(1).tolist()
         rows = [b for b, n in enumerate(lengths) if n]
         out = torch.zeros_like(u_BTD)
@@ -198,6 +199,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         for layer in self.layers:
             h = layer(h, batch)
         if cache is not None:
+            assert batch.valid_BT is not None
             cache.advance(batch.valid_BT)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), past_key_values=cache)
 

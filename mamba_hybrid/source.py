@@ -6,6 +6,7 @@ files that travel along (tokenizer, chat template, generation config).
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -138,7 +139,7 @@ def _open_directory(path: Path) -> Source:
                 f"{path / file} is missing, truncated or damaged ({_first_line(e)}); download it again"
             ) from e
         for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-            readers[name] = lambda handle=handle, name=name: handle.get_tensor(name)
+            readers[name] = functools.partial(handle.get_tensor, name)
 
     def companions(out: Path) -> None:
         for name in COMPANIONS:
@@ -175,7 +176,7 @@ def _open_gguf(path: Path) -> Source:
     for tensor in reader.tensors:
         name = _hf_name(tensor.name)
         if name is not None:
-            readers[name] = lambda tensor=tensor, name=name: _from_gguf(tensor, name, architecture, config)
+            readers[name] = functools.partial(_from_gguf, tensor, name, architecture, config)
     config.tie_word_embeddings = "lm_head.weight" not in readers
 
     def companions(out: Path) -> None:

@@ -47,6 +47,7 @@ def short_conv_step(
     """
     reach, ring, at = layout.conv - 1, layout.conv_ring, 0
     out = torch.empty_like(raw_MC)
+    assert slots.conv is not None, "the layout has no short convolution"
     for slot, p, T in zip(slot_ids, starts, lengths, strict=True):
         new = raw_MC[at : at + T]
         past = torch.arange(p - reach, p, device=new.device)
