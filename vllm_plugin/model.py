@@ -1,0 +1,93 @@
+"""The hybrid inside vLLM: its Llama, with mixer layers where `layer_types` says so.
+
+Shapes: M tokens of a batch, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.mamba.mamba_utils import MambaCopySpec
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from vllm.model_executor.models.utils import extract_layer_index
+
+from mamba_hybrid.config import MIXER, HybridMambaConfig
+
+from .limits import slot_layout
+from .mixer import MixerLayer
+
+
+class KeptAttention(LlamaAttention):
+    """Llama's attention with the biases that the configuration names (vLLM gives o_proj that of q, k and v)."""
+
+    def __init__(self, config: HybridMambaConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **(kwargs | {"bias": config.qkv_bias, "bias_o_proj": config.o_bias}))
+
+
+class MixerDecoderLayer(nn.Module):
+    """A block whose token mixing is a mixer."""
+
+    def __init__(self, vllm_config: VllmConfig, config: HybridMambaConfig, prefix: str) -> None:
+        super().__init__()
+        self.mixer = MixerLayer(vllm_config, config, f"{prefix}.mixer")
+        self.mlp = LlamaMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, positions: Tensor, hidden_MD: Tensor, residual_MD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As vLLM's layers: the residual travels beside the hidden states. The mixers take positions from the
+        scheduler's metadata, which names their slots too."""
+        if residual_MD is None:
+            residual_MD, hidden_MD = hidden_MD, self.input_layernorm(hidden_MD)
+        else:
+            hidden_MD, residual_MD = self.input_layernorm(hidden_MD, residual_MD)
+        hidden_MD, residual_MD = self.post_attention_layernorm(self.mixer(hidden_MD), residual_MD)
+        return self.mlp(hidden_MD), residual_MD
+
+
+def make_layer(vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
+    """The layer that `layer_types` asks for at this place."""
+    config = vllm_config.model_config.hf_config
+    if config.layer_types[extract_layer_index(prefix)] == MIXER:
+        return MixerDecoderLayer(vllm_config, config, prefix)
+    return LlamaDecoderLayer(vllm_config, prefix, config, attn_layer_type=KeptAttention)
+
+
+def copy_slot(field: Tensor, block_ids: list[int], cur_block_idx: int, num_accepted_tokens: int) -> MambaCopySpec:
+    """What prefix caching copies of a slot's field: all of it. A slot is addressed by position, so that it is a
+    valid snapshot wherever the sequence stands; num_accepted_tokens is 1, there is no speculation then."""
+    source = field[block_ids[cur_block_idx]]
+    return MambaCopySpec(start_addr=source.data_ptr(), num_elements=source.numel())
+
+
+class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
+    """The hybrid as vLLM loads it; parameter names are the checkpoint's."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)  # type: ignore[arg-type]
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """Shapes of a slot's fields, as the layers give them."""
+        return tuple(shape for shape, _ in slot_layout(vllm_config).fields().values())
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """Their dtypes."""
+        return tuple(dtype for _, dtype in slot_layout(vllm_config).fields().values())
+
+    def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
+        """`copy_slot` for each field of a slot."""
+        fields = self.config.slot_layout().fields()
+        return dict.fromkeys(mamba_types, (copy_slot,) * len(fields))
