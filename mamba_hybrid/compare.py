@@ -89,10 +89,14 @@ def check_vocabularies(a: Path, model_a: HybridMambaForCausalLM, b: Path, model_
     if model_a.vocab_size != model_b.vocab_size:
         raise UserError(f"{a} has {model_a.vocab_size} tokens and {b} has {model_b.vocab_size}; they must be the same")
     if a.is_dir() and b.is_dir():
-        va, vb = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (a, b))
-        if va != vb:
-            odd = next(iter(sorted(va.items() ^ vb.items())))
-            raise UserError(f"the tokenizers of {a} and {b} differ, in {odd[0]!r} for one; they must be the same")
+        # only where both name a token: a tokenizer's class may add names behind the vocabulary's end
+        names_a, names_b = ({i: t for t, i in AutoTokenizer.from_pretrained(p).get_vocab().items()} for p in (a, b))
+        odd = next((i for i in sorted(names_a.keys() & names_b.keys()) if names_a[i] != names_b[i]), None)
+        if odd is not None:
+            raise UserError(
+                f"the tokenizers of {a} and {b} differ: token {odd} is {names_a[odd]!r} and {names_b[odd]!r}; "
+                "teacher and student must share one"
+            )
 
 
 def _distance(

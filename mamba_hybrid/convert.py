@@ -24,7 +24,7 @@ from .calibrate import Fit, calibrate_mixer
 from .checkpoint import save_model
 from .config import ATTENTION, MIXER, HybridMambaConfig
 from .errors import UserError
-from .mixer import HybridMixer
+from .mixer import HybridMixer, ZeroLinear
 from .model import Batch, HybridLayer
 from .source import Source, hybrid_config, open_source
 from .text import read_texts, token_stream
@@ -178,12 +178,12 @@ class Walk:
     def _calibration_tokens(self) -> Tensor:
         job = self.job
         assert job.calibrate is not None
+        texts = read_texts(job.calibrate, job.column)
         if job.length > self.config.max_position_embeddings:
             raise UserError(
                 f"--calibrate-length {job.length} is over the model's context {self.config.max_position_embeddings}"
             )
-        tokenizer = load_tokenizer(self.source)
-        tokens, _ = token_stream(read_texts(job.calibrate, job.column), tokenizer, job.tokens)
+        tokens, _ = token_stream(texts, load_tokenizer(self.source), job.tokens)
         rows = len(tokens) // job.length
         if rows < 2:
             raise UserError(
@@ -244,9 +244,9 @@ class Walk:
         if self.job.init == "original":
             original_init(mixer, torch.Generator().manual_seed(self.job.seed + i))
         else:
-            nn.init.zeros_(mixer.dt_proj.weight)
-            if mixer.z_proj is not None:
-                nn.init.zeros_(mixer.z_proj.weight)
+            for proj in (mixer.dt_proj, mixer.z_proj):
+                if isinstance(proj, ZeroLinear):
+                    nn.init.zeros_(proj.weight)
         return layer
 
     def _advance(self, i: int, old: HybridLayer, new: HybridLayer, streams: Streams) -> None:

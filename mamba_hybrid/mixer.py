@@ -197,6 +197,10 @@ class MixerCore(nn.Module):
         return self.readout(near, far, z).to(q.dtype)
 
 
+class ZeroLinear(nn.Linear):
+    """A projection that starts at zero, so that what it steers starts neutral."""
+
+
 class HybridMixer(nn.Module):
     """A mixer layer: attention's projections, a gate and a step-size projection, around `MixerCore`.
 
@@ -211,8 +215,9 @@ class HybridMixer(nn.Module):
         self.q_proj = nn.Linear(D, H * N, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * N, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
-        self.z_proj = nn.Linear(D, H * P, bias=False) if config.gate != "none" else None
-        self.dt_proj = nn.Linear(D, config.state_heads, bias=False)
+        gate = ZeroLinear if config.gate == "sigmoid" else nn.Linear
+        self.z_proj = gate(D, H * P, bias=False) if config.gate != "none" else None
+        self.dt_proj = ZeroLinear(D, config.state_heads, bias=False)
         self.o_proj = nn.Linear(H * P, D, bias=config.o_bias)
         self.core = MixerCore(config)
 

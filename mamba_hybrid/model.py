@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .cache import HybridCache
 from .config import HybridMambaConfig
-from .mixer import HybridMixer
+from .mixer import HybridMixer, MixerCore, ZeroLinear
 
 
 @dataclass
@@ -124,11 +124,11 @@ class HybridMambaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, HybridMixer):
-            module.core.reset()
-            init.zeros_(module.dt_proj.weight)
-            if module.z_proj is not None and self.config.gate == "sigmoid":
-                init.zeros_(module.z_proj.weight)
+        # transformers calls this for modules that hold parameters themselves, not for containers
+        if isinstance(module, MixerCore):
+            module.reset()
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
 
 
 class HybridMambaModel(HybridMambaPreTrainedModel):
