@@ -1,0 +1,122 @@
+"""The plugin's tokens are those of transformers' generate, whatever the engine does with the sequences."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mamba_hybrid.checkpoint import load_model
+
+from .tiny_hybrid import VOCAB, prompts, reference
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = [1, 2, 17, 64, 65, 100, 107, 114, 221, 240, 400, 600]
+NEW = 64
+
+
+@pytest.fixture(scope="module")
+def expected(hybrids):
+    """kind -> prompts and their reference continuations, whose best two logits are never closer than fp32's noise."""
+    cache = {}
+
+    def get(kind: str, asked: list[list[int]] | None = None):
+        key = (kind, asked is None)
+        if key not in cache:
+            model = load_model(hybrids[kind])
+            which = prompts(LENGTHS) if asked is None else asked
+            answers = [reference(model, prompt, NEW) for prompt in which]
+            assert min(gap for _, gap in answers) > 1e-3
+            cache[key] = which, [tokens for tokens, _ in answers]
+        return cache[key]
+
+    return get
+
+
+@pytest.fixture
+def generate(hybrids, start_engine, tmp_path):
+    def run(kind: str, asked: list[list[int]], environment: dict[str, str] | None = None, **llm):
+        base = {
+            "model": str(hybrids[kind]),
+            "dtype": "float32",
+            "max_model_len": 700,
+            "max_num_seqs": 4,  # so that requests wait for each other
+            "max_num_batched_tokens": 64,  # so that a prompt is read in pieces
+            "enforce_eager": True,
+            "disable_log_stats": False,
+        }
+        # the second round finds slots that the first has used
+        job = {"llm": base | llm, "prompts": asked, "new": NEW, "rounds": 2}
+        done = start_engine(job, tmp_path, **(environment or {}))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return json.loads((tmp_path / "result.json").read_text()) | {"log": done.stdout + done.stderr}
+
+    return run
+
+
+def speculated(result) -> None:
+    counters = result["counters"]
+    drafted, accepted = counters["spec_decode_num_draft_tokens"], counters["spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < drafted
+
+
+def one_block_a_sequence(result) -> None:
+    slots = result["slots"]
+    assert len(slots["layers"]) == 2
+    assert all(layer == slots["class"] for layer in slots["layers"].values())
+    assert slots["blocks"] == [0, 0]
+
+
+def test_batched_chunked_preempted(expected, generate):
+    asked, answers = expected("shared")
+    result = generate("shared", asked, enable_prefix_caching=False, num_gpu_blocks_override=9)
+    assert result["rounds"] == [answers, answers]
+    assert result["counters"]["num_preemptions"] > 0
+    one_block_a_sequence(result)
+    assert [[2, 32, 32], "torch.float32"] in result["slots"]["class"]
+
+
+def test_drafts_accepted_and_rejected(expected, generate, tmp_path):
+    """Every accepted length occurs, with preemption; asking for prefix caching switches it off with a warning."""
+    asked, answers = expected("heads")
+    sequences = [p + a for p, a in zip(asked, answers, strict=True)]
+    (tmp_path / "oracle.json").write_text(json.dumps({"sequences": sequences, "vocab": VOCAB}))
+    result = generate(
+        "heads",
+        asked,
+        {"ORACLE_JOB": str(tmp_path / "oracle.json")},
+        speculative_config={"method": "custom_class", "model": "oracle.Oracle", "num_speculative_tokens": 4},
+        num_gpu_blocks_override=6,
+        enable_prefix_caching=True,
+    )
+    assert result["rounds"] == [answers, answers]
+    speculated(result)
+    assert result["counters"]["num_preemptions"] > 0
+    assert "Prefix caching is switched off" in result["log"]
+    one_block_a_sequence(result)
+
+
+def test_ngram(expected, generate):
+    asked, answers = expected("paper")
+    result = generate(
+        "paper",
+        asked,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 2,
+            "prompt_lookup_min": 1,
+        },
+    )
+    assert result["rounds"] == [answers, answers]
+    speculated(result)
+
+
+def test_prefix_caching(expected, generate):
+    long = prompts([500], seed=7)[0]
+    asked = [long[:n] + tail for n, tail in zip((500, 300, 256, 130), prompts([1, 30, 9, 77], seed=8), strict=True)]
+    asked, answers = expected("shared", asked)
+    result = generate("shared", asked, enable_prefix_caching=True)
+    assert result["rounds"] == [answers, answers]
+    assert result["counters"]["prefix_cache_hits"] > 0
