@@ -1,0 +1,161 @@
+"""Distillation loss with both language-model heads inside a loop over chunks of tokens.
+
+Shapes: M tokens, D student width, E teacher width, V vocabulary, K tokens of one chunk.
+
+Logits of K tokens exist at a time, of both models, and their gradient takes the place of the student's, so that
+neither model's M x V logits ever do. The gradients are made in the same pass: the backward pass scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a token that does not count, as everywhere in PyTorch
+
+
+class Distillation(NamedTuple):
+    """Sums over the tokens that count; divide by `tokens` for means.
+
+    Args:
+        loss: kl_weight temperature^2 kl + ce_weight ce, scalar; the only one with a gradient.
+        kl: of KL(teacher || student) in nats, entropy of the teacher included, at the temperature; scalar.
+        ce: of the student's cross-entropy with the labels in nats, scalar.
+        agree: tokens that both rank first, scalar int64.
+        tokens: how many count, scalar int64.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    agree: Tensor
+    tokens: Tensor
+
+
+def distillation_loss(
+    student_MD: Tensor,
+    student_head_VD: Tensor,
+    teacher_ME: Tensor,
+    teacher_head_VE: Tensor,
+    labels_M: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    chunk_tokens: int = 512,
+) -> Distillation:
+    """Weighted sum of KL(teacher || student) and the student's cross-entropy over the tokens with a label.
+
+    Logits, softmax and sums are fp32 (fp64 for fp64 inputs). The gradient of the KL is taken at the temperature
+    and scaled by its square, which keeps its size comparable to the cross-entropy's.
+
+    Args:
+        student_MD: the student's normed hidden states (M, D), any float dtype.
+        student_head_VD: its head (V, D), the same dtype.
+        teacher_ME, teacher_head_VE: the teacher's, without gradient; its width E may differ.
+        labels_M: (M,) int64, the token that follows, -100 where neither term counts.
+        kl_weight, ce_weight: of the two terms.
+        temperature: both logits are divided by it in the KL.
+        chunk_tokens: tokens whose logits exist at a time.
+
+    Returns:
+        The sums; see `Distillation`.
+
+    Raises:
+        ValueError: shapes that do not fit, a chunk or temperature that is not positive.
+
+    Example:
+        >>> h, w = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
+        >>> out = distillation_loss(h, w, torch.randn(5, 4), torch.randn(11, 4), torch.arange(5), chunk_tokens=2)
+        >>> (out.loss / out.tokens).backward()
+    """
+    M = len(labels_M)
+    if len(student_MD) != M or len(teacher_ME) != M:
+        raise ValueError(f"{len(student_MD)} student and {len(teacher_ME)} teacher tokens for {M} labels")
+    if len(student_head_VD) != len(teacher_head_VE):
+        raise ValueError(f"vocabularies of {len(student_head_VD)} and {len(teacher_head_VE)} tokens")
+    if chunk_tokens < 1 or temperature <= 0:
+        raise ValueError(f"chunk_tokens {chunk_tokens} and temperature {temperature} must be positive")
+    grad = torch.is_grad_enabled()  # inside the function it is always off
+    return Distillation(
+        *_ChunkedDistillation.apply(
+            student_MD,
+            student_head_VD,
+            teacher_ME,
+            teacher_head_VE,
+            labels_M,
+            (kl_weight, ce_weight, temperature, chunk_tokens, grad and student_MD.requires_grad),
+            grad and student_head_VD.requires_grad,
+        )
+    )
+
+
+def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
+    """a @ b accumulated and returned in `acc`."""
+    if a.dtype == acc:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=acc)  # half-precision inputs, fp32 out of the tensor cores
+    return a.to(acc) @ b.to(acc)
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_MD, student_head_VD, teacher_ME, teacher_head_VE, labels_M, setting, head_grad):
+        a, b, tau, chunk, hidden_grad = setting
+        acc = torch.promote_types(student_MD.dtype, torch.float32)
+        head_dtype = student_head_VD.dtype
+        if not student_MD.is_cuda:  # once, not in every chunk
+            student_head_VD, teacher_head_VE = student_head_VD.to(acc), teacher_head_VE.to(acc)
+        inner = student_head_VD.dtype
+        teacher_inner = teacher_head_VE.dtype
+        kl, ce = student_MD.new_zeros(2, dtype=acc).unbind()
+        agree = torch.zeros((), dtype=torch.int64, device=labels_M.device)
+        grad_MD = torch.empty_like(student_MD) if hidden_grad else None
+        grad_VD = torch.zeros_like(student_head_VD, dtype=acc) if head_grad else None
+        valid_M = labels_M != IGNORED
+        for at in range(0, len(labels_M), chunk):
+            span = slice(at, at + chunk)
+            valid_K, label_K1 = valid_M[span], labels_M[span].clamp(min=0)[:, None]
+            h_KD = student_MD[span].to(inner)
+            s_KV = _product(h_KD, student_head_VD.t(), acc)
+            t_KV = _product(teacher_ME[span].to(teacher_inner), teacher_head_VE.t(), acc)
+            agree += ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
+            log_p_KV = t_KV.div_(tau).log_softmax(-1)
+            del t_KV
+            log_q_KV = s_KV.log_softmax(-1)
+            ce -= log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
+            log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)  # the student at the temperature
+            del s_KV
+            p_KV = log_p_KV.exp()
+            kl += (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
+            del log_p_KV
+            if grad_MD is None and grad_VD is None:
+                continue
+            # a tau (r - p) + b (q - onehot)
+            if tau == 1:
+                d_KV = log_q_KV.exp_().mul_(a + b)
+            else:
+                d_KV = log_r_KV.exp_().mul_(a * tau).add_(log_q_KV.exp_(), alpha=b)
+            d_KV.sub_(p_KV, alpha=a * tau)
+            d_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=acc))
+            d_KV = d_KV.masked_fill_(~valid_K[:, None], 0).to(inner)
+            if grad_MD is not None:
+                grad_MD[span] = _product(d_KV, student_head_VD, acc)
+            if grad_VD is not None:
+                grad_VD += _product(d_KV.t(), h_KD, acc)
+        ctx.save_for_backward(grad_MD, grad_VD)
+        ctx.head_dtype = head_dtype
+        tokens = valid_M.sum()
+        loss = a * tau**2 * kl + b * ce
+        ctx.mark_non_differentiable(kl, ce, agree, tokens)
+        return loss, kl, ce, agree, tokens
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_MD, grad_VD = ctx.saved_tensors
+        hidden = None if grad_MD is None else grad_MD * upstream.to(grad_MD.dtype)
+        head = None if grad_VD is None else (grad_VD * upstream).to(ctx.head_dtype)
+        return hidden, head, None, None, None, None, None

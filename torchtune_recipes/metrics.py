@@ -1,0 +1,39 @@
+"""Metrics as JSON lines, one a logged step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class JSONLLogger:
+    """torchtune's metric-logger interface on a .jsonl file; a resumed run continues it.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
+    def rewind(self, step: int) -> None:
+        """Forget steps after `step` (a resumed run repeats them), and a line that was cut off."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **payload}) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held open."""

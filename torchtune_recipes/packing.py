@@ -1,0 +1,104 @@
+"""Documents packed into rows of one length.
+
+Shapes: R rows, B rows of one batch, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_hybrid.errors import UserError
+from mamba_hybrid.loss import IGNORED
+
+
+class Batch(NamedTuple):
+    """Rows as the models and the loss take them, all int64 (B, L).
+
+    Args:
+        tokens: token numbers.
+        documents: numbers 0, 1, ... of the documents within each row.
+        labels: the token that follows within the same document, -100 where none does or none is to be learnt.
+    """
+
+    tokens: Tensor
+    documents: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; the copy to a GPU does not wait."""
+        if device.type == "cuda":
+            return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device) for t in self))
+
+
+class PackedRows:
+    """All documents one behind another, cut into rows; a document that is cut goes on as one of its own.
+
+    Only the last row is padded, at its end, with a document of its own that has no labels.
+
+    Args:
+        documents: (tokens, which of them are learnt or None for all) of each document.
+        length: L, tokens of a row.
+
+    Raises:
+        UserError: nothing to learn, or a length below 2.
+    """
+
+    def __init__(self, documents: Iterable[tuple[list[int], list[bool] | None]], length: int) -> None:
+        if length < 2:
+            raise UserError(f"dataset.max_seq_len {length} must be at least 2: a token is learnt from the one before")
+        tokens, learnt, starts, end = [], [], [], 0
+        for ids, mask in documents:
+            if not ids:
+                continue
+            starts.append(end)
+            end += len(ids)
+            tokens.append(np.asarray(ids, np.int32))
+            learnt.append(np.ones(len(ids), bool) if mask is None else np.asarray(mask, bool))
+        if not tokens:
+            raise UserError("the data set has no tokens")
+        pad = -end % length
+        if pad:
+            starts.append(end)
+            tokens.append(np.zeros(pad, np.int32))
+            learnt.append(np.zeros(pad, bool))
+        self.tokens_RL = np.concatenate(tokens).reshape(-1, length)
+        begins = np.zeros(self.tokens_RL.size, bool)
+        begins[starts] = True
+        begins_RL = begins.reshape(-1, length)
+        begins_RL[:, 0] = True
+        self.documents_RL = begins_RL.cumsum(1, dtype=np.int32) - 1
+        counted_RL = np.concatenate(learnt).reshape(-1, length)
+        # position t learns token t + 1 if that goes on in the same document
+        self.counted_RL = np.zeros_like(counted_RL)
+        self.counted_RL[:, :-1] = counted_RL[:, 1:] & ~begins_RL[:, 1:]
+        self.valid_R = self.counted_RL.sum(1)
+        if not self.valid_R.any():
+            raise UserError("no token of the data set is to be learnt: no turns of the assistant, or one-token rows")
+
+    def __len__(self) -> int:
+        return len(self.tokens_RL)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.tokens_RL.shape[1]
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The rows of these numbers."""
+        tokens_BL = torch.from_numpy(self.tokens_RL[rows].astype(np.int64))
+        labels_BL = torch.where(torch.from_numpy(self.counted_RL[rows]), tokens_BL.roll(-1, 1), IGNORED)
+        return Batch(tokens_BL, torch.from_numpy(self.documents_RL[rows].astype(np.int64)), labels_BL)
+
+    def digest(self) -> str:
+        """Fingerprint of what the rows hold."""
+        h = hashlib.sha256(str(self.tokens_RL.shape).encode())
+        for array in (self.tokens_RL, self.documents_RL, self.counted_RL):
+            h.update(np.ascontiguousarray(array))
+        return h.hexdigest()[:16]

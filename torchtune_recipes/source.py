@@ -1,0 +1,111 @@
+"""Rows of a data set: a local JSONL, Parquet or text file, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mamba_hybrid.errors import UserError
+
+LOCAL = (".jsonl", ".json", ".parquet", ".txt")
+
+
+def read_rows(source: str | list[str], column: str, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Values of one column, row after row.
+
+    Args:
+        source: a .jsonl (or .json with a row a line), .parquet or .txt file (one row, its text), a glob pattern
+            of such files, a list of these, or the name of a data set on the hub.
+        column: whose values are wanted; a .txt file has the column "text".
+        split: of a data set on the hub.
+
+    Yields:
+        (where the row stands, for error messages; its value).
+
+    Raises:
+        UserError: no such file or data set, a file that cannot be read, a row without the column.
+    """
+    if isinstance(source, str) and Path(source).suffix not in LOCAL:
+        if Path(source).exists():
+            raise UserError(f"dataset.source {source} is none of {', '.join(LOCAL)}")
+        yield from _hub(source, column, split)
+        return
+    for name in [source] if isinstance(source, str) else source:
+        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not files:
+            raise UserError(f"dataset.source {name} matches no file")
+        for file in map(Path, files):
+            if not file.is_file():
+                raise UserError(f"dataset.source {file} does not exist")
+            if file.suffix == ".parquet":
+                yield from _parquet(file, column)
+            elif file.suffix == ".txt":
+                yield from _text(file, column)
+            else:
+                yield from _jsonl(file, column)
+
+
+def _value(where: str, row: Any, column: str) -> tuple[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is a {type(row).__name__}, not an object with columns")
+    if row.get(column) is None:
+        raise UserError(f"{where} has no column {column!r}, only {sorted(row)}; set dataset.column")
+    return where, row[column]
+
+
+def _jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{file}, line {number} is no JSON: {e}") from e
+                yield _value(f"{file}, line {number}", row, column)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} cannot be read: {e}") from e
+
+
+def _text(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    try:
+        yield _value(str(file), {"text": file.read_text(encoding="utf-8")}, column)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} cannot be read: {e}") from e
+
+
+def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet  # takes a while, and JSONL needs none of it
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        batches = table.iter_batches(columns=[column] if column in names else [])
+        if column not in names:
+            raise UserError(f"{file}, row 1 has no column {column!r}, only {sorted(names)}; set dataset.column")
+        number = 0
+        for batch in batches:
+            for value in batch.column(column).to_pylist():
+                number += 1
+                yield _value(f"{file}, row {number}", {column: value}, column)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{file} cannot be read: {e}") from e
+
+
+def _hub(name: str, column: str, split: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as e:  # the hub's client raises a dozen unrelated kinds
+        raise UserError(
+            f"dataset.source {name} is no file, and the hub gives no split {split!r} of it: {str(e).splitlines()[0]}"
+        ) from e
+    if column not in rows.column_names:
+        raise UserError(f"{name}, row 1 has no column {column!r}, only {sorted(rows.column_names)}; set dataset.column")
+    for number, value in enumerate(rows[column], 1):
+        yield _value(f"{name}, row {number}", {column: value}, column)
