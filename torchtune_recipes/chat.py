@@ -26,10 +26,13 @@ def check_messages(where: str, messages: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def render(where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[range]]:
-    """The conversation in the tokenizer's chat template, and the spans of characters that the assistant wrote.
+def render(
+    where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, everything: bool = False
+) -> tuple[str, list[range]]:
+    """The conversation in the tokenizer's chat template, and the spans of characters to learn.
 
-    What the assistant writes includes the mark that ends its turn, since a model has to end it.
+    These are what the assistant wrote, the mark that ends its turn included, since a model has to end it; or,
+    with `everything`, all.
 
     Raises:
         UserError: the tokenizer has no template, the template refuses the conversation, or it rewrites earlier
@@ -45,6 +48,8 @@ def render(where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedToke
             raise UserError(f"{where} does not fit the chat template: {str(e).splitlines()[0]}") from e
 
     text = template(len(messages), False)
+    if everything:
+        return text, [range(len(text))]
     cuts = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":

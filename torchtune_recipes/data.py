@@ -66,7 +66,7 @@ def text_dataset(
                 if not isinstance(text, str):
                     raise UserError(f"{where}: column {column!r} holds {type(text).__name__}, not text")
             for ids in tokenizer([text for _, text in rows])["input_ids"]:
-                yield ids + [eos] if add_eos else ids, None
+                yield [*ids, eos] if add_eos else ids, None
 
     return PackedRows(_limit(documents(), max_tokens), max_seq_len)
 
@@ -95,12 +95,13 @@ def chat_dataset(
         for rows in _groups(read_rows(source, column, split)):
             texts, spans = [], []
             for where, messages in rows:
-                text, assistant = render(where, check_messages(where, messages), tokenizer)
+                messages = check_messages(where, messages)
+                text, learnt = render(where, messages, tokenizer, everything=train_on_prompt)
                 texts.append(text)
-                spans.append([range(len(text))] if train_on_prompt else assistant)
+                spans.append(learnt)
             coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-            for ids, offsets, spoken in zip(coded["input_ids"], coded["offset_mapping"], spans, strict=True):
-                yield ids, trained_tokens(offsets, spoken)
+            for ids, offsets, learnt in zip(coded["input_ids"], coded["offset_mapping"], spans, strict=True):
+                yield ids, trained_tokens(offsets, learnt)
 
     return PackedRows(_limit(documents(), max_tokens), max_seq_len)
 

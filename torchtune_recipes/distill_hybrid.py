@@ -30,6 +30,7 @@ from mamba_hybrid.errors import UserError
 
 from .checkpoints import Checkpoints
 from .models import PARTS, Student, Teacher, shard
+from .order import RowOrder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = (
@@ -97,13 +98,10 @@ class DistillHybrid(FTRecipeInterface):
         if cfg.dataset.max_seq_len > limit:
             raise UserError(f"dataset.max_seq_len {cfg.dataset.max_seq_len} is over the models' context {limit}")
         self.data = config.instantiate(cfg.dataset, tokenizer)
-        self.rows_per_step = cfg.batch_size * self.accumulate * self.world
-        self.steps_per_epoch = len(self.data) // self.rows_per_step
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"the dataset makes {len(self.data)} rows of {cfg.dataset.max_seq_len} tokens, a step takes "
-                f"{self.rows_per_step} (batch_size {cfg.batch_size} x {self.accumulate} x {self.world} processes)"
-            )
+        self.order = RowOrder(
+            len(self.data), cfg.batch_size, self.accumulate, cfg.get("seed", 0), self.rank, self.world
+        )
+        self.rows_per_step, self.steps_per_epoch = self.order.rows_per_step, self.order.steps_per_epoch
         limits = [cfg.get("max_steps"), cfg.get("epochs") and cfg.epochs * self.steps_per_epoch]
         self.steps = min(n for n in limits if n)
 
@@ -193,20 +191,13 @@ class DistillHybrid(FTRecipeInterface):
             save_model(out, self.student.model.config, tensors, self.cfg.student, overwrite=True)
         dist.barrier()
 
-    def _rows(self) -> Tensor:
-        """Numbers of this step's rows over all processes, in the order of the epoch."""
-        epoch, at = divmod(self.step, self.steps_per_epoch)
-        order = self.data.order(self.cfg.get("seed", 0), epoch)
-        return order[at * self.rows_per_step : (at + 1) * self.rows_per_step]
-
     def _step(self) -> tuple[Tensor, Tensor]:
         """Forward and backward of one step; returns the loss sums over this process's tokens and the gradient norm."""
-        index = self._rows()
-        counted = max(self.data.counted(index), 1)  # every process sees the whole step's rows: nothing to exchange
-        micro = index.view(self.accumulate, self.world, self.cfg.batch_size)[:, self.rank]
+        # every process knows the whole step's rows: there is nothing to exchange
+        counted = max(int(self.data.valid_R[self.order.step_rows(self.step)].sum()), 1)
         sums = torch.zeros(5, device=self.device)
-        for rows in micro:
-            tokens, labels, doc = (t.to(self.device, non_blocking=True) for t in self.data.rows(rows))
+        for rows in self.order.micro_batches(self.step):
+            tokens, doc, labels = self.data.batch(rows).to(self.device)
             with torch.no_grad():
                 target = self.teacher(tokens, doc)
             losses = self.student(tokens, doc, labels, target, **self.loss)

@@ -84,11 +84,10 @@ def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        batches = table.iter_batches(columns=[column] if column in names else [])
         if column not in names:
             raise UserError(f"{file}, row 1 has no column {column!r}, only {sorted(names)}; set dataset.column")
         number = 0
-        for batch in batches:
+        for batch in table.iter_batches(columns=[column]):
             for value in batch.column(column).to_pylist():
                 number += 1
                 yield _value(f"{file}, row {number}", {column: value}, column)
