@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mamba_hybrid.checkpoint import load_config
-from mamba_hybrid.config import HybridMambaConfig
+from transformers import PretrainedConfig
+
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.source import open_source
 
 from .version import refusal
 
@@ -15,8 +16,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
-def check_servable(path: str) -> HybridMambaConfig:
-    """Configuration of a checkpoint that the engine can load.
+def check_servable(path: str) -> PretrainedConfig:
+    """Configuration of a checkpoint that the engine can load: a hybrid, or a plain Llama, Mistral or Qwen2.
 
     Raises:
         UserError: vLLM is missing or another version, `path` is no directory, is broken or lacks a tokenizer.
@@ -24,7 +25,7 @@ def check_servable(path: str) -> HybridMambaConfig:
     line = refusal()
     if line is not None:
         raise UserError(line)
-    config = load_config(path)
+    config = open_source(path).config
     if not Path(path).is_dir():
         raise UserError(f"{path} is a file; import it first: mamba-hybrid import {path} DIR")
     if not any((Path(path) / name).is_file() for name in TOKENIZERS):

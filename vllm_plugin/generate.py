@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mamba_hybrid.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.v1.engine.llm_engine import LLMEngine
-
-    from mamba_hybrid.config import HybridMambaConfig
 
     from .results import Results
     from .rows import Row
@@ -137,7 +136,7 @@ def _check_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     return speculative
 
 
-def _context(args: argparse.Namespace, config: HybridMambaConfig) -> int:
+def _context(args: argparse.Namespace, config: PretrainedConfig) -> int:
     limit = config.max_position_embeddings
     context = args.max_model_len or limit
     if not 1 <= context <= limit:
@@ -163,8 +162,18 @@ def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] |
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its hundred lines would break the progress bar
 
     from vllm import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    scheduling: dict[str, Any] = {"enable_prefix_caching": False} if speculative else {}
+    if args.temperature > 0 and current_platform.is_cpu():
+        # vLLM 0.32 steps a seeded request's generator back when its prompt is read in pieces, which PyTorch's CPU
+        # generator cannot: read prompts whole
+        scheduling = {
+            "enable_prefix_caching": False,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, args.batch),
+        }
     try:
         return LLMEngine.from_engine_args(
             EngineArgs(
@@ -175,7 +184,7 @@ def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] |
                 enforce_eager=args.enforce_eager,
                 speculative_config=speculative,
                 disable_log_stats=True,
-                **({"enable_prefix_caching": False} if speculative else {}),
+                **scheduling,
             )
         )
     except (ValueError, RuntimeError, AssertionError, NotImplementedError) as e:

@@ -101,7 +101,7 @@ def test_refused_before_the_engine_starts(hybrids, tmp_path, capsys, flags, word
 
 
 def test_help_imports_no_vllm(tmp_path):
-    code = "import sys; from vllm_plugin.generate import add_arguments; assert not {'vllm', 'torch'} & set(sys.modules)"
+    code = "import sys; from vllm_plugin.generate import add_arguments; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
