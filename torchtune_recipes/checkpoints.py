@@ -39,13 +39,21 @@ class Checkpoints:
         found = (p.parent.name.removeprefix("step_") for p in self.directory.glob(f"step_*/{STATE}"))
         return sorted(int(name) for name in found if name.isdecimal())
 
+    def sweep(self) -> None:
+        """Remove what a killed run left half-written; for one process, before any saves."""
+        for entry in self.directory.glob(".step_*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Write step_N: every rank its shards, into a hidden directory that then takes its name."""
         work, final = self.directory / f".step_{step}", self.directory / f"step_{step}"
         rank0 = dist.get_rank() == 0
         if rank0:
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+            try:
+                work.mkdir(parents=True)
+            except OSError as e:
+                raise UserError(f"output_dir {self.directory} cannot be written: {e.strerror}") from e
         dist.barrier()
         weights, moments = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
@@ -58,7 +66,9 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             work.rename(final)
             for old in self.steps()[: -self.keep] if self.keep else []:
-                shutil.rmtree(self.directory / f"step_{old}")
+                gone = self.directory / f".step_{old}"
+                (self.directory / f"step_{old}").rename(gone)  # a half one never stands under its name
+                shutil.rmtree(gone)
         dist.barrier()
 
     def load_latest(self, model: nn.Module, optimizer: Optimizer, expected: dict[str, Any]) -> int:
@@ -80,13 +90,13 @@ class Checkpoints:
         try:
             state = json.loads((path / STATE).read_text())
             for key, value in expected.items():
-                if state[key] != value:
+                if state.get(key) != value:
                     raise UserError(
-                        f"{path} was written with {key} {state[key]}, this run has {value}; "
-                        "set it back, or start anew with another output_dir or resume=False"
+                        f"{path} was written with {key} {state.get(key)}, this run has {value}; "
+                        "set it back, or start anew with another output_dir"
                     )
             weights, moments = get_state_dict(model, optimizer)
-            loaded = {"model": weights, "optimizer": moments}
+            loaded: dict[str, Any] = {"model": weights, "optimizer": moments}
             dcp.load(loaded, checkpoint_id=path)
             set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         except UserError:

@@ -31,7 +31,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             raise FileNotFoundError("no such directory")
         return AutoTokenizer.from_pretrained(path)
     except Exception as e:  # transformers has no common error
-        raise UserError(f"tokenizer.path {path} has no tokenizer: {str(e).splitlines()[0]}") from e
+        raise UserError(f"student {path} has no tokenizer that transformers can load: {str(e).splitlines()[0]}") from e
 
 
 def text_dataset(

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 
 class JSONLLogger:
     """torchtune's metric-logger interface on a .jsonl file; a resumed run continues it.
@@ -29,7 +31,13 @@ class JSONLLogger:
                 break
             if row["step"] <= step:
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        work = self.path.with_suffix(".tmp")
+        work.write_text("".join(kept))
+        work.replace(self.path)
+
+    def log_config(self, config: DictConfig) -> None:
+        """The run's configuration, beside the metrics."""
+        OmegaConf.save(config, self.path.with_suffix(".config.yaml"))
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
         with self.path.open("a") as f:

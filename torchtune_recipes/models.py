@@ -5,6 +5,8 @@ Shapes: B rows, L tokens, M = B L, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,7 +48,7 @@ class Student(nn.Module):
         self.model = model.train()
 
     def forward(
-        self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, teacher: tuple[Tensor, Tensor], **loss: float
+        self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, teacher: tuple[Tensor, Tensor], **loss: Any
     ) -> Distillation:
         h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
         return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels_BL.flatten(), **loss)
@@ -57,15 +59,18 @@ def shard(
     mesh: DeviceMesh,
     dtype: torch.dtype,
     *,
+    masters: bool = False,
     compute_layers: bool = False,
     checkpoint_activations: bool = False,
 ) -> None:
-    """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
+    """FSDP2, layer by layer, each moved to the mesh's device as it is sharded; the mixers' cores are units of their
+    own that stay fp32.
 
     Args:
-        module: its parameters are fp32 (masters) or already in `dtype`.
+        module: on the CPU, in any dtype.
         mesh: one-dimensional.
         dtype: to compute in.
+        masters: keep fp32 parameters, made layer by layer, so that no process holds the whole model in fp32.
         compute_layers: torch.compile each layer.
         checkpoint_activations: keep only the layers' inputs for the backward pass.
     """
@@ -75,11 +80,16 @@ def shard(
     if checkpoint_activations:
         set_activation_checkpointing(module, auto_wrap_policy={HybridLayer})
     for layer in layers:
+        if masters:
+            layer.float()
         if compute_layers:
             layer.compile()
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
             fully_shard(core, mesh=mesh, mp_policy=exact)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if masters:
+        for outer in (module.model.model.embed_tokens, module.model.model.norm, module.model.lm_head):
+            outer.float()
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):

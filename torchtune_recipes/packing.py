@@ -100,5 +100,5 @@ class PackedRows:
         """Fingerprint of what the rows hold."""
         h = hashlib.sha256(str(self.tokens_RL.shape).encode())
         for array in (self.tokens_RL, self.documents_RL, self.counted_RL):
-            h.update(np.ascontiguousarray(array))
+            h.update(array.tobytes())
         return h.hexdigest()[:16]
