@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -101,7 +102,7 @@ class Checkpoints:
             set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         except UserError:
             raise
-        except Exception as e:  # a damaged file shows in many ways
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        except (Exception, CheckpointException) as e:  # the latter is no Exception; damage shows in many ways
+            reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
             raise UserError(f"checkpoint {path} is damaged ({reason}); remove it to resume from the one before") from e
         return int(state["step"])

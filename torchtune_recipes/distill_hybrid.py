@@ -99,6 +99,7 @@ class DistillHybrid(FTRecipeInterface):
         self.step = 0
         self.stopped = False
         self.loggers: list[Any] = []
+        self._handlers: dict[int, Any] = {}
         self._read_at = 0.0
         self._bar = tqdm(disable=True)
         self._unread: list[tuple[Tensor, dict[str, float]]] = []  # of steps whose metrics are still on the device
@@ -172,7 +173,7 @@ class DistillHybrid(FTRecipeInterface):
                     logger.rewind(self.step)
                 logger.log_config(cfg)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+            self._handlers[number] = signal.signal(number, self._stop)
 
     def _check_output(self) -> None:
         out = Path(self.cfg.output_dir)
@@ -356,7 +357,9 @@ class DistillHybrid(FTRecipeInterface):
         return bool(flag)
 
     def cleanup(self, **_: Any) -> None:
-        """Close loggers and the process group."""
+        """Close loggers and the process group, hand signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         for logger in self.loggers:
             logger.close()
         if dist.is_initialized():

@@ -101,9 +101,7 @@ def test_gpu_agrees_with_cpu(dtype):
         t.requires_grad_()
     here, there = distillation_loss(*args, chunk_tokens=100), distillation_loss(*on_gpu, chunk_tokens=100)
     torch.testing.assert_close(there.kl.cpu(), here.kl, rtol=1e-4, atol=1e-3)
-    for a, b in zip(
-        torch.autograd.grad(there.loss, on_gpu[:2]), torch.autograd.grad(here.loss, args[:2]), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(there.loss, on_gpu[:2]), torch.autograd.grad(here.loss, args[:2]), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=2e-2, atol=2e-2)
 
 

@@ -1,0 +1,340 @@
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mamba_hybrid.checkpoint import load_model
+from mamba_hybrid.compare import compare
+from mamba_hybrid.errors import UserError
+from tests.tiny import save_transformer
+from torchtune_recipes.distill_hybrid import DistillHybrid, component, run
+from torchtune_recipes.models import PARTS
+
+from .conftest import metrics, start
+
+SAME = ("step", "loss", "kl", "ce", "agreement", "tokens", "grad_norm", "lr_mixer", "lr_rest", "epoch")
+
+
+def same(rows):
+    return [{key: row[key] for key in SAME} for row in rows]
+
+
+def ready(cfg) -> DistillHybrid:
+    recipe = DistillHybrid(cfg)
+    recipe.setup()
+    return recipe
+
+
+def test_it_learns_and_the_result_is_a_checkpoint(config, models, tmp_path):
+    settings = {"max_steps": 40, "mixer_lr": 3e-3, "rest_lr": 1e-3, "dataset.max_seq_len": 128}
+    assert run(config(**settings)) == 0
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    before, after = compare(
+        models / "teacher", [str(models / "hybrid"), str(tmp_path / "run" / "hybrid")], models / "text.jsonl",
+        tokens=2048, length=128,
+    ).values()  # fmt: skip
+    assert after.kl < 0.8 * before.kl
+    # again: nothing is left to do, nothing changes
+    state = (tmp_path / "run" / "hybrid" / "model.safetensors").read_bytes()
+    assert run(config(**settings)) == 0
+    assert metrics(tmp_path / "run") == rows
+    assert (tmp_path / "run" / "hybrid" / "model.safetensors").read_bytes() == state
+
+
+def test_metrics_are_means_over_the_tokens_with_a_label(config, models, tmp_path):
+    recipe = ready(config(gradient_accumulation_steps=2))
+    _, docs, labels = batch = recipe.data.batch(recipe.order.step_rows(0).ravel())
+    recipe.cleanup()
+    student, teacher = (load_model(models / name) for name in ("hybrid", "teacher"))
+    with torch.no_grad():
+        p, q = (m(batch.tokens, document_ids=docs).logits.log_softmax(-1) for m in (teacher, student))
+    counted = labels != -100
+    assert run(config(gradient_accumulation_steps=2, max_steps=1, **{"loss.ce_weight": 0.3})) == 0
+    (row,) = metrics(tmp_path / "run")
+    kl = float((p.exp() * (p - q)).sum(-1)[counted].mean())
+    ce = float(-q[counted].gather(-1, labels[counted][:, None]).mean())
+    assert row["kl"] == pytest.approx(kl, rel=1e-4)
+    assert row["ce"] == pytest.approx(ce, rel=1e-4)
+    assert row["loss"] == pytest.approx(kl + 0.3 * ce, rel=1e-4)
+    assert row["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1))[counted].float().mean()))
+    assert row["tokens"] == int(counted.sum())
+
+
+def test_one_process_and_two_have_the_same_losses(overrides, tmp_path):
+    # the second from elsewhere, where only the installed package is
+    one = start(overrides(output_dir=str(tmp_path / "one")))
+    two = start(overrides(output_dir=str(tmp_path / "two"), batch_size=2), "--nproc_per_node", "2", cwd=tmp_path)
+    for process in (one, two):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    a, b = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(a) == len(b) == 10
+    for row, other in zip(a, b, strict=True):
+        for key in SAME:
+            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-4)
+    weights, others = (load_file(tmp_path / run / "hybrid" / "model.safetensors") for run in ("one", "two"))
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_in_the_middle_of_a_checkpoint_goes_on_bit_for_bit(overrides, config, tmp_path):
+    settings = dict(max_steps=30, checkpoint_every_n_steps=5, keep_last_n=2)
+    assert run(config(output_dir=str(tmp_path / "whole"), **settings)) == 0
+    out = tmp_path / "killed"
+    process = start(overrides(output_dir=str(out), **settings))
+    deadline = time.monotonic() + 200
+    while not (out / ".step_10").exists() and not (out / "step_10").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert not (out / "hybrid").exists()
+    steps = sorted(p.name for p in out.glob("step_*"))
+    assert steps and steps[0] in ("step_5", "step_10")
+    assert run(config(output_dir=str(out), **settings)) == 0
+    assert same(metrics(out)) == same(metrics(tmp_path / "whole"))
+    ours, theirs = (load_file(p / "hybrid" / "model.safetensors") for p in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # no half checkpoints, and no more than were asked for
+    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step_25", "step_30"]
+
+
+def test_terminated_process_stops_with_a_checkpoint_and_goes_on(overrides, config, tmp_path):
+    settings = dict(max_steps=400, log_every=7)
+    out = tmp_path / "stopped"
+    process = start(overrides(output_dir=str(out), **settings))
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped at step" in said, err
+    (checkpoint,) = out.glob("step_*")
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert [row["step"] for row in metrics(out)] == list(range(1, step + 1)) and step < 400
+    fewer = ready(config(output_dir=str(out), **settings))
+    try:
+        assert fewer.step == step
+        resumed, rates = fewer.train_step()
+    finally:
+        fewer.cleanup()
+    straight = ready(config(output_dir=str(tmp_path / "straight"), **settings))
+    try:
+        for straight.step in range(step + 1):
+            expected, expected_rates = straight.train_step()
+    finally:
+        straight.cleanup()
+    assert torch.equal(resumed, expected) and rates == expected_rates
+
+
+def test_signals_are_handed_back(config):
+    before = signal.getsignal(signal.SIGTERM)
+    recipe = ready(config())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert recipe.stopped
+    recipe.cleanup()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_accumulation_is_a_larger_batch(config):
+    got = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        recipe = ready(config(batch_size=batch, gradient_accumulation_steps=accumulate))
+        sums, _ = recipe.train_step()
+        got.append((sums, [p.full_tensor() for p in recipe.student.parameters()]))
+        recipe.cleanup()
+    for sums, weights in got[1:]:
+        torch.testing.assert_close(sums, got[0][0], rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(weights, got[0][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # Adam's first step: sign-like
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_frozen_parts_stay_and_others_move(config, tmp_path, models, part):
+    assert run(config(freeze=[part], max_steps=3)) == 0
+    before = load_model(models / "hybrid").state_dict()
+    after = load_model(tmp_path / "run" / "hybrid").state_dict()
+    frozen = {name for name in before if any(mark in name for mark in PARTS[part])}
+    assert frozen
+    for name, weight in before.items():
+        if name in frozen:
+            assert torch.equal(after[name], weight), name
+        elif weight.numel() > 16:  # of tiny ones none may have a gradient
+            assert not torch.equal(after[name], weight), name
+
+
+def test_parameter_groups(config):
+    recipe = ready(config(**{"optimizer.weight_decay": 0.1, "mixer_lr": 0.02, "rest_lr": 0.01, "lr_scheduler": None}))
+    names = {p: name for name, p in recipe.student.named_parameters()}
+    groups = {(g["name"], g["weight_decay"]): {names[p] for p in g["params"]} for g in recipe.optimizer.param_groups}
+    assert set(groups) == {("mixer", 0.1), ("mixer", 0.0), ("rest", 0.1), ("rest", 0.0)}
+    assert sorted(n for g in groups.values() for n in g) == sorted(names.values())
+    for (kind, decay), members in groups.items():
+        for name in members:
+            assert (".mixer." in name) == (kind == "mixer")
+            assert (".core." in name or "norm" in name) == (decay == 0)
+    assert {(g["name"], g["lr"]) for g in recipe.optimizer.param_groups} == {("mixer", 0.02), ("rest", 0.01)}
+    _, rates = recipe.train_step()
+    recipe.cleanup()
+    assert rates == {"lr_mixer": 0.02, "lr_rest": 0.01}
+
+
+def test_schedule_warms_up_and_ends_above_zero(config, tmp_path):
+    assert run(config(max_steps=6, mixer_lr=0.001, rest_lr=0.001)) == 0
+    rates = [row["lr_mixer"] for row in metrics(tmp_path / "run")]
+    assert rates[:2] == [pytest.approx(0.0005), pytest.approx(0.001)]
+    assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 0.0002
+    assert [row["lr_rest"] for row in metrics(tmp_path / "run")] == rates
+
+
+def test_packed_rows_give_the_logits_of_the_documents_alone(config, models):
+    recipe = ready(config(**{"dataset.max_seq_len": 200}))
+    packed = recipe.data.batch(recipe.order.step_rows(0).ravel()[:2])
+    recipe.cleanup()
+    assert packed.documents[0].max() > 0
+    for path in ("hybrid", "teacher"):
+        model = load_model(models / path)
+        with torch.no_grad():
+            together = model(packed.tokens, document_ids=packed.documents).logits
+            for row in range(2):
+                for d in packed.documents[row].unique():
+                    here = packed.documents[row] == d
+                    alone = model(packed.tokens[row, here][None]).logits[0]
+                    torch.testing.assert_close(together[row, here], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputed_activations_and_bf16(config, models, tmp_path):
+    losses = {}
+    for kind, more in {
+        "plain": {},
+        "recomputed": {"enable_activation_checkpointing": True},
+        "bf16": {"dtype": "bf16"},
+    }.items():
+        assert run(config(output_dir=str(tmp_path / kind), max_steps=4, **more)) == 0
+        losses[kind] = torch.tensor([row["loss"] for row in metrics(tmp_path / kind)])
+    assert torch.equal(losses["recomputed"], losses["plain"])
+    torch.testing.assert_close(losses["bf16"], losses["plain"], rtol=0.1, atol=0.01)
+    assert not torch.equal(losses["bf16"], losses["plain"])
+    # masters are fp32 in both: small steps are not rounded away
+    weights = load_file(tmp_path / "bf16" / "hybrid" / "model.safetensors")
+    name = "model.layers.0.mixer.q_proj.weight"
+    assert weights[name].dtype == torch.float32
+    assert not torch.equal(weights[name], weights[name].bfloat16().float())
+
+
+def test_cores_stay_fp32_in_a_bf16_checkpoint(config, models, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(models / "hybrid", half)
+    from mamba_hybrid.checkpoint import save_model
+
+    model = load_model(models / "hybrid")
+    tensors = ((n, t if ".core." in n else t.bfloat16()) for n, t in model.state_dict().items())
+    save_model(half, model.config, tensors, models / "hybrid", overwrite=True)
+    assert run(config(student=str(half), max_steps=3, dtype="bf16")) == 0
+    weights = load_file(tmp_path / "run" / "hybrid" / "model.safetensors")
+    assert weights["model.layers.0.mixer.q_proj.weight"].dtype == torch.bfloat16
+    core = weights["model.layers.0.mixer.core.near_weight"]
+    assert core.dtype == torch.float32 and not torch.equal(core, core.bfloat16().float())
+
+
+def test_interrupted_then_other_settings_are_refused(config, capsys, tmp_path):
+    assert run(config(max_steps=3)) == 0
+    for more, says in {
+        ("batch_size", 2): "rows a step",
+        ("max_steps", 5): "steps",
+        ("mixer_lr", 1.0): "mixer_lr",
+        ("freeze", ("mlp",)): "freeze",
+        ("dataset.max_seq_len", 40): "data",
+        ("resume", False): "resume=True goes on",
+    }.items():
+        key, value = more
+        assert run(config(**{"max_steps": 3, key: list(value) if isinstance(value, tuple) else value})) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and says in error
+    (tmp_path / "run" / "step_3" / "__0_0.distcp").write_bytes(b"rubbish")
+    assert run(config(max_steps=3)) == 1
+    assert "step_3 is damaged" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_stop_the_run(config, capsys, tmp_path):
+    assert run(config(mixer_lr=1e30, rest_lr=1e30, checkpoint_every_n_steps=2, log_every=5, max_steps=10)) == 1
+    error = capsys.readouterr().err
+    assert "error: step " in error and "lower mixer_lr" in error
+    steps = [row["step"] for row in metrics(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 5
+    assert not (tmp_path / "run" / "hybrid").exists()
+    assert all(int(p.name.removeprefix("step_")) <= len(steps) for p in (tmp_path / "run").glob("step_*"))
+
+
+BAD = {
+    "no teacher": ({"teacher": "/nowhere"}, "/nowhere"),
+    "no student": ({"student": "/nowhere"}, "/nowhere"),
+    "column": ({"dataset.column": "body"}, r"line 1 has no column 'body', only ['text']"),
+    "file": ({"dataset.source": "/nowhere.jsonl"}, "/nowhere.jsonl does not exist"),
+    "freeze": ({"freeze": ["mpl"]}, "freeze names ['mpl']; there are embeddings"),
+    "all frozen": ({"freeze": list(PARTS)}, "leaves nothing to train"),
+    "too many rows": ({"batch_size": 4000}, "a step takes 4000 (batch_size 4000"),
+    "batch": ({"batch_size": 0}, "batch_size 0 must be a whole number above 0"),
+    "steps": ({"max_steps": None}, "max_steps or epochs"),
+    "rate": ({"mixer_lr": -1.0}, "mixer_lr -1.0"),
+    "dtype": ({"dtype": "fp8"}, "dtype 'fp8' is none of fp32, bf16"),
+    "device": ({"device": "tpu"}, "device 'tpu' is not here"),
+    "length": ({"dataset.max_seq_len": 100_000}, "over the models' context"),
+    "short rows": ({"dataset.max_seq_len": 1}, "max_seq_len 1 must be at least 2"),
+    "typing error": ({"mixer_rl": 0.1}, "unknown config key mixer_rl"),
+    "loss key": ({"loss.klweight": 0.1}, "unknown config key loss.klweight"),
+    "loss weights": ({"loss.kl_weight": 0.0}, "one must be above 0"),
+    "temperature": ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be above 0"),
+    "component": ({"optimizer._component_": "torch.optim.Adamw"}, "optimizer: torch.optim.Adamw"),
+    "component's argument": ({"dataset.colum": "x"}, "'colum'"),
+    "interpolation": ({"output_dir": "${nothing}"}, "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, config, capsys, tmp_path):
+    more, says = BAD[case]
+    assert run(config(**more)) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and says in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_vocabularies_are_refused(config, capsys, tmp_path, models):
+    save_transformer(tmp_path / "bigger", "tied", vocab_size=300)
+    assert run(config(teacher=str(tmp_path / "bigger"))) == 1
+    assert "300" in capsys.readouterr().err
+    shutil.copytree(models / "teacher", tmp_path / "renumbered")
+    file = tmp_path / "renumbered" / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace('"a"', '"\x00"').replace('"b"', '"a"').replace('"\x00"', '"b"'))
+    assert run(config(teacher=str(tmp_path / "renumbered"))) == 1
+    assert "differ" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_1(overrides, tmp_path):
+    process = start(overrides(teacher="/nowhere"))
+    said, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert [line for line in err.splitlines() if "error" in line.lower()] == [err.strip().splitlines()[-1]]
+    assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_student(config, capsys, models, tmp_path):
+    shutil.copytree(models / "hybrid", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert run(config(student=str(tmp_path / "cut"))) == 1
+    assert str(tmp_path / "cut") in capsys.readouterr().err
+
+
+def test_component_of_something_else():
+    with pytest.raises(UserError, match="dataset needs a _component_"):
+        component("dataset", "text")
