@@ -9,6 +9,8 @@ from mamba_hybrid_kernels import SlotLayout
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from mamba_hybrid.config import ATTENTION
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -23,11 +25,12 @@ class Limits(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what is not there, and switch prefix caching off where it meets speculation.
+        """Refuse what is not there, and switch prefix caching off where vLLM's does not fit.
 
-        vLLM copies the state between blocks when it caches prefixes, and with speculation it does so by rules for
-        one state per drafted token, which a slot is not. Without the copy the tokens are the same, so this is a
-        warning and not an error.
+        When it caches prefixes, vLLM copies the state between blocks: with speculation by rules for one state per
+        drafted token, which a slot is not; and in a model without attention layers it may end a block's last chunk
+        before the block's end, which makes the cached state one of an earlier position. The tokens are the same
+        without the cache, so this is a warning and not an error.
 
         Raises:
             ValueError: more than one device, or a state dtype other than fp32 and bf16.
@@ -43,10 +46,16 @@ class Limits(VerifyAndUpdateConfig):
             raise ValueError(
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
             )
-        if vllm_config.speculative_config is not None and cache.enable_prefix_caching:
+        obstacle = None
+        if vllm_config.speculative_config is not None:
+            obstacle = "with speculative decoding"
+        elif ATTENTION not in vllm_config.model_config.hf_config.layer_types:
+            obstacle = "without attention layers"
+        if cache.enable_prefix_caching and obstacle:
             logger.warning(
-                "Prefix caching is switched off: vLLM does not combine it with speculative decoding for a hybrid. "
-                "--no-enable-prefix-caching says the same without this line."
+                "Prefix caching is switched off: a hybrid %s cannot have it in this vLLM. "
+                "--no-enable-prefix-caching says the same without this line.",
+                obstacle,
             )
             cache.enable_prefix_caching = False
 

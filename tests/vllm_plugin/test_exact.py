@@ -117,6 +117,7 @@ def test_prefix_caching(expected, generate):
     long = prompts([500], seed=7)[0]
     asked = [long[:n] + tail for n, tail in zip((500, 300, 256, 130), prompts([1, 30, 9, 77], seed=8), strict=True)]
     asked, answers = expected("shared", asked)
-    result = generate("shared", asked, enable_prefix_caching=True)
+    # pieces longer than a block, and no multiple of it
+    result = generate("shared", asked, enable_prefix_caching=True, max_num_batched_tokens=300)
     assert result["rounds"] == [answers, answers]
     assert result["counters"]["prefix_cache_hits"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -36,14 +35,18 @@ def test_refuses(changes, flag):
         Limits.verify_and_update_config(engine(**changes))
 
 
-def test_prefix_caching_goes_with_speculation_only(caplog):
-    caplog.set_level(logging.WARNING)
-    alone = engine(prefix=True)
-    Limits.verify_and_update_config(alone)
-    assert alone.cache_config.enable_prefix_caching
-    both = engine(prefix=True, drafts=3)
-    Limits.verify_and_update_config(both)
-    assert not both.cache_config.enable_prefix_caching
+@pytest.mark.parametrize(
+    ("layers", "drafts", "stays"),
+    [
+        (["full_attention", "linear_attention"], 0, True),
+        (["full_attention", "linear_attention"], 3, False),
+        (["linear_attention", "linear_attention"], 0, False),
+    ],
+)
+def test_prefix_caching_where_it_fits(layers, drafts, stays):
+    config = engine(SimpleNamespace(layer_types=layers), prefix=True, drafts=drafts)
+    Limits.verify_and_update_config(config)
+    assert config.cache_config.enable_prefix_caching is stays
 
 
 @pytest.mark.parametrize("state", ["auto", "float32", "bfloat16"])
