@@ -1,0 +1,86 @@
+"""The shipped distillation configurations: keys, components and their arguments, headers."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.config._utils import _get_component_from_path
+
+from mamba_hybrid.errors import UserError
+from torchtune_recipes.distill_hybrid import DistillHybrid, component
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if "distill_hybrid" in p.read_text()]
+
+
+def load(path, **overrides):
+    cfg = OmegaConf.load(path)
+    for key, value in overrides.items():
+        OmegaConf.update(cfg, key, value)
+    return cfg
+
+
+def components(node):
+    """All _component_ nodes, wherever they stand."""
+    if OmegaConf.is_dict(node):
+        if "_component_" in node:
+            yield node
+        for key in node:
+            yield from components(node[key])
+    elif OmegaConf.is_list(node):
+        for item in node:
+            yield from components(item)
+
+
+def test_there_is_one_for_each_size():
+    assert {"smollm2_135m_cpu", "1b", "3b", "8b"} <= {p.stem for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config(path, tmp_path):
+    cfg = load(path, device="cpu", output_dir=str(tmp_path / "run"))
+    recipe = DistillHybrid(cfg)  # checks every key
+    assert recipe.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    nodes = list(components(cfg))
+    assert len(nodes) >= 4
+    for node in nodes:
+        signature = inspect.signature(_get_component_from_path(node["_component_"]))
+        signature.bind_partial(**{key: node[key] for key in node if key != "_component_"})
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = component("optimizer", cfg.optimizer, [{"params": [weight], "lr": 1.0, "initial_lr": 1.0}])
+    schedule = component("lr_scheduler", cfg.lr_scheduler, optimizer, num_training_steps=500, last_epoch=0)
+    assert 0 < schedule.get_last_lr()[0] <= 1
+    for node in cfg.metric_loggers:
+        logger = component("metric_loggers", node)
+        logger.log_dict({"loss": 1.0}, 1)
+        logger.close()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_header_says_how_to_run_it(path):
+    header = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    command = re.search(r"tune run (--nproc_per_node \d+ )?distill_hybrid --config configs/(\S+)", header)
+    assert command and command[2] == path.name
+    assert "mamba-hybrid convert " in header and "Hardware:" in header and "Memory" in header
+    cfg = OmegaConf.load(path)
+    made = re.search(r"mamba-hybrid convert (\S+) (\S+) ", header)
+    assert made[2] == cfg.student
+
+
+def test_a_typing_error_in_a_component_is_found(tmp_path):
+    cfg = load(CONFIGS[0], **{"optimizer.momentun": 0.1})
+    with pytest.raises(UserError, match="momentun"):
+        component("optimizer", cfg.optimizer, [torch.nn.Parameter(torch.ones(2))])
+
+
+def test_torchtune_validates_them():
+    tune = Path(sys.executable).parent / "tune"
+    done = subprocess.run([tune, "validate", ROOT / "configs" / "8b.yaml"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "well-formed" in done.stdout, done.stderr
