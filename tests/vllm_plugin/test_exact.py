@@ -8,7 +8,8 @@ import pytest
 
 from mamba_hybrid.checkpoint import load_model
 
-from .tiny_hybrid import VOCAB, prompts, reference
+from .conftest import HERE
+from .tiny_hybrid import VOCAB, prompts, reference, write_noisy
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,7 @@ def expected(hybrids):
     cache = {}
 
     def get(kind: str, asked: list[list[int]] | None = None):
-        key = (kind, asked is None)
+        key = kind, json.dumps(asked)
         if key not in cache:
             model = load_model(hybrids[kind])
             which = prompts(LENGTHS) if asked is None else asked
@@ -36,7 +37,7 @@ def expected(hybrids):
 
 @pytest.fixture
 def generate(hybrids, start_engine, tmp_path):
-    def run(kind: str, asked: list[list[int]], environment: dict[str, str] | None = None, **llm):
+    def run(kind: str, asked: list[list[int]], environment: dict[str, str] | None = None, new: int = NEW, **llm):
         base = {
             "model": str(hybrids[kind]),
             "dtype": "float32",
@@ -47,7 +48,7 @@ def generate(hybrids, start_engine, tmp_path):
             "disable_log_stats": False,
         }
         # the second round finds slots that the first has used
-        job = {"llm": base | llm, "prompts": asked, "new": NEW, "rounds": 2}
+        job = {"llm": base | llm, "prompts": asked, "new": new, "rounds": 2}
         done = start_engine(job, tmp_path, **(environment or {}))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         return json.loads((tmp_path / "result.json").read_text()) | {"log": done.stdout + done.stderr}
@@ -111,6 +112,27 @@ def test_ngram(expected, generate):
     )
     assert result["rounds"] == [answers, answers]
     speculated(result)
+
+
+def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
+    """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2."""
+    asked = prompts([1, 17, 64, 65, 130], seed=5)
+    asked, answers = expected("shared", asked)
+    draft = write_noisy(tmp_path / "draft", hybrids["shared"], 0.03)
+    result = generate(
+        "shared",
+        asked,
+        {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}",
+        },
+        new=14,
+        speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
+    )
+    assert result["rounds"] == [[tokens[:14] for tokens in answers]] * 2
+    speculated(result)
+    assert len(result["slots"]["layers"]) == 4
+    assert result["slots"]["blocks"] == [0] * 4
 
 
 def test_prefix_caching(expected, generate):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mamba_hybrid import HybridMambaConfig, HybridMambaForCausalLM
-from mamba_hybrid.checkpoint import save_model
+from mamba_hybrid.checkpoint import load_model, save_model
 
 VOCAB = 512
 SPECIAL = ["<pad>", "<s>", "</s>", "user", "assistant", ":"]
@@ -107,6 +107,18 @@ def write_hybrid(out: Path, kind: str, layers: str = "AMMA", **changes) -> Path:
     write_tokenizer(source)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
     save_model(out, config, model.state_dict().items(), source)
+    return out
+
+
+def write_noisy(out: Path, hybrid: Path, noise: float) -> Path:
+    """A copy of a hybrid whose matrices are off by a share `noise`, so that it often agrees with it."""
+    model = load_model(hybrid)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.add_(torch.randn_like(p) * p.std() * noise)
+    save_model(out, model.config, model.state_dict().items(), hybrid)
     return out
 
 
