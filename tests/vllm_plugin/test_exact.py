@@ -114,6 +114,17 @@ def test_ngram(expected, generate):
     speculated(result)
 
 
+def accepted_by_protocol(draft, prompt: list[int], answer: list[int], new: int, drafts: int) -> int:
+    """Drafts that are accepted when each round the draft model sees exactly the tokens that stand by then."""
+    accepted, n = 0, 1  # the prompt's own step gives the first token
+    while n < new:
+        drafted, _ = reference(draft, prompt + answer[:n], drafts)
+        right = next((i for i in range(drafts) if drafted[i] != answer[n + i]), drafts)
+        accepted += right
+        n += right + 1
+    return accepted
+
+
 def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
     """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2."""
     asked = prompts([1, 17, 64, 65, 130], seed=5)
@@ -131,6 +142,9 @@ def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
     )
     assert result["rounds"] == [[tokens[:14] for tokens in answers]] * 2
     speculated(result)
+    model = load_model(draft)
+    simulated = sum(accepted_by_protocol(model, p, a, 14, 3) for p, a in zip(asked, answers, strict=True))
+    assert result["counters"]["spec_decode_num_accepted_tokens"] == 2 * simulated
     assert len(result["slots"]["layers"]) == 4
     assert result["slots"]["blocks"] == [0] * 4
 
