@@ -81,6 +81,10 @@ class DistillHybrid(FTRecipeInterface):
             value = cfg.get(key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{key} {value!r} must be a whole number above 0")
+        for key in ("checkpoint_every_n_steps", "keep_last_n"):
+            value = cfg.get(key)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise UserError(f"{key} {value!r} must be a whole number, 0 or null for none")
         for key in ("mixer_lr", "rest_lr"):
             if not isinstance(cfg[key], (int, float)) or not 0 <= cfg[key] < math.inf:
                 raise UserError(f"{key} {cfg[key]!r} must be a number of at least 0")

@@ -133,6 +133,25 @@ def test_terminated_process_stops_with_a_checkpoint_and_goes_on(overrides, confi
     assert torch.equal(resumed, expected) and rates == expected_rates
 
 
+def test_one_process_stops_and_two_go_on(overrides, config, tmp_path):
+    assert run(config(output_dir=str(tmp_path / "whole"), max_steps=8)) == 0
+    recipe = ready(config(max_steps=8))
+    for recipe.step in range(4):
+        recipe._unread.append(recipe.train_step())
+    recipe.step = 4
+    recipe.save_checkpoint()
+    recipe.cleanup()
+    process = start(overrides(max_steps=8, batch_size=2), "--nproc_per_node", "2")
+    said, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resuming after step 4 of 8" in said, err
+    rows, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row, other in zip(rows, expected, strict=True):
+        for key in SAME:
+            assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4)
+    assert same(rows[:4]) == same(expected[:4])
+
+
 def test_signals_are_handed_back(config):
     before = signal.getsignal(signal.SIGTERM)
     recipe = ready(config())
@@ -281,6 +300,7 @@ BAD = {
     "all frozen": ({"freeze": list(PARTS)}, "leaves nothing to train"),
     "too many rows": ({"batch_size": 4000}, "a step takes 4000 (batch_size 4000"),
     "batch": ({"batch_size": 0}, "batch_size 0 must be a whole number above 0"),
+    "checkpoints": ({"checkpoint_every_n_steps": -5}, "checkpoint_every_n_steps -5"),
     "steps": ({"max_steps": None}, "max_steps or epochs"),
     "rate": ({"mixer_lr": -1.0}, "mixer_lr -1.0"),
     "dtype": ({"dtype": "fp8"}, "dtype 'fp8' is none of fp32, bf16"),
