@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba_hybrid.checkpoint import load_model
+from mamba_hybrid.checkpoint import load_model, save_model
 from mamba_hybrid.compare import compare
 from mamba_hybrid.errors import UserError
 from tests.tiny import save_transformer
@@ -250,11 +250,13 @@ def test_recomputed_activations_and_bf16(config, models, tmp_path):
 def test_cores_stay_fp32_in_a_bf16_checkpoint(config, models, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(models / "hybrid", half)
-    from mamba_hybrid.checkpoint import save_model
-
     model = load_model(models / "hybrid")
     tensors = ((n, t if ".core." in n else t.bfloat16()) for n, t in model.state_dict().items())
     save_model(half, model.config, tensors, models / "hybrid", overwrite=True)
+    recipe = ready(config(student=str(half), max_steps=3, dtype="bf16"))
+    assert {p.dtype for p in recipe.student.parameters()} == {torch.float32}
+    assert {p.dtype for p in recipe.teacher.parameters()} == {torch.bfloat16}
+    recipe.cleanup()
     assert run(config(student=str(half), max_steps=3, dtype="bf16")) == 0
     weights = load_file(tmp_path / "run" / "hybrid" / "model.safetensors")
     assert weights["model.layers.0.mixer.q_proj.weight"].dtype == torch.bfloat16
