@@ -1,6 +1,6 @@
 """Ask a server two questions through the OpenAI client and print the answers as one JSON object.
 
-    python demo/ask.py http://127.0.0.1:8011/v1
+python demo/ask.py http://127.0.0.1:8011/v1
 """
 
 import json

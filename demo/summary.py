@@ -1,6 +1,6 @@
 """The demo's closing table, from the files its commands have written.
 
-    python demo/summary.py .demo
+python demo/summary.py .demo
 """
 
 import json

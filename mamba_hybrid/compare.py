@@ -6,6 +6,7 @@ Shapes: L tokens of one sequence, D model width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,13 @@ def compare(
     source = open_source(teacher)
     stream_T, passage_T = token_stream(read_texts(text, column), load_tokenizer(source), tokens)
     model = load_model(teacher, dtype).to(device)
+    rows = stream_T.to(device).split(length)
+    hidden = [_hidden(model, row) for row in tqdm(rows, desc="scoring the teacher", unit="seq", disable=None)]
     result = {}
     for student in students:
         other = load_model(student, dtype).to(device)
         check_vocabularies(source.path, model, Path(student), other)
-        result[student] = _distance(model, other, stream_T.to(device), passage_T, length, Path(student).name)
+        result[student] = _distance(model, hidden, other, rows, passage_T, Path(student).name)
     return result
 
 
@@ -99,17 +102,22 @@ def check_vocabularies(a: Path, model_a: HybridMambaForCausalLM, b: Path, model_
             )
 
 
+def _hidden(model: HybridMambaForCausalLM, row_L: Tensor) -> Tensor:
+    """Last hidden states of a sequence (L, D)."""
+    return model.model(row_L[None]).last_hidden_state[0]
+
+
 def _distance(
     teacher: HybridMambaForCausalLM,
+    teacher_hidden: list[Tensor],
     student: HybridMambaForCausalLM,
-    stream_T: Tensor,
+    rows: Sequence[Tensor],
     passage_T: Tensor,
-    length: int,
     name: str,
 ) -> Distance:
     kl_T, agree, surprise = [], 0, 0.0
-    for row in tqdm(stream_T.split(length), desc=f"comparing {name}", unit="seq", disable=None):
-        t_LD, s_LD = (m.model(row[None]).last_hidden_state[0] for m in (teacher, student))
+    for row, t_LD in zip(tqdm(rows, desc=f"scoring {name}", unit="seq", disable=None), teacher_hidden, strict=True):
+        s_LD = _hidden(student, row)
         for at in range(0, len(row), 256):  # never length x vocabulary
             p_LV = teacher.lm_head(t_LD[at : at + 256]).float().log_softmax(-1)
             q_LV = student.lm_head(s_LD[at : at + 256]).float().log_softmax(-1)
@@ -118,7 +126,7 @@ def _distance(
             following = row[at + 1 : at + 257, None]
             surprise += float((p_LV - q_LV)[: len(following)].gather(-1, following).sum())
     kl = torch.cat(kl_T).double()
-    scored = len(kl) - math.ceil(len(kl) / length)  # the last token of a sequence has none after it
+    scored = len(kl) - len(rows)  # the last token of a sequence has none after it
     counts = torch.bincount(passage_T).double()
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, passage_T, kl)
     return Distance(
