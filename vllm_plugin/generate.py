@@ -138,7 +138,7 @@ def _check_settings(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _context(args: argparse.Namespace, config: PretrainedConfig) -> int:
     limit = config.max_position_embeddings
-    context = args.max_model_len or limit
+    context = limit if args.max_model_len is None else args.max_model_len
     if not 1 <= context <= limit:
         raise UserError(f"--max-model-len {context} must be between 1 and the model's context of {limit}")
     return context

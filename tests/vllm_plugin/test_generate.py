@@ -78,6 +78,7 @@ def test_no_chat_template(tmp_path, tokenizer):
         (["--max-tokens", "1023"], ["in.jsonl, line 1", "2 tokens", "--max-tokens 1023", "1024", "--skip-long"]),
         (["--max-model-len", "10", "--max-tokens", "9"], ["line 1", "context of 10"]),
         (["--max-model-len", "1025"], ["--max-model-len 1025", "1024"]),
+        (["--max-model-len", "0"], ["--max-model-len 0"]),
         (["--n", "0"], ["--n 0"]),
         (["--n", "2"], ["--n 2", "--temperature"]),
         (["--temperature", "-1"], ["--temperature -1"]),
