@@ -141,18 +141,33 @@ def test_a_killed_conversion_leaves_nothing(source, tmp_path, text):
 
 ERRORS = {
     "no such source": (["convert", "{tmp}/nothing", "{tmp}/o"], "nothing does not exist"),
-    "layers out of range": (["convert", "{src}", "{tmp}/o", "--attention-layers", "1,9"], r"[9] are not among the model's layers 0..3"),
+    "layers out of range": (
+        ["convert", "{src}", "{tmp}/o", "--attention-layers", "1,9"],
+        r"[9] are not among the model's layers 0..3",
+    ),
     "share out of range": (["convert", "{src}", "{tmp}/o", "--keep", "1.5"], "--keep 1.5"),
     "state heads": (["convert", "{src}", "{tmp}/o", "--state-heads", "5"], "state_heads 5 must be a multiple"),
-    "no calibration text": (["convert", "{src}", "{tmp}/o", "--calibrate", "{tmp}/none.txt"], "none.txt cannot be read"),
-    "short calibration text": (["convert", "{src}", "{tmp}/o", "--calibrate", "{tmp}/short.txt"], "--calibrate-length 1024"),
-    "long sequences": (["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--calibrate-length", "4096"], "context 512"),
-    "column": (["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--column", "body"], "'body' (there is ['text'])"),
+    "no calibration text": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{tmp}/none.txt"],
+        "none.txt cannot be read",
+    ),
+    "short calibration text": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{tmp}/short.txt"],
+        "--calibrate-length 1024",
+    ),
+    "long sequences": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--calibrate-length", "4096"],
+        "context 512",
+    ),
+    "column": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--column", "body"],
+        "'body' (there is ['text'])",
+    ),
     "existing out": (["convert", "{src}", "{tmp}"], "--overwrite"),
     "compare without student": (["compare", "{src}", "{tmp}/none", "--text", "{text}"], "none does not exist"),
     "inspect a file": (["inspect", "{tmp}/short.txt"], "is no GGUF file"),
     "import a directory": (["import", "{src}", "{tmp}/o"], "is a directory already"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ERRORS)

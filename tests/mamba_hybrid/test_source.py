@@ -40,16 +40,28 @@ def write_gguf(path, model) -> None:
     tokens = sorted(tokenizer().get_vocab().items(), key=lambda kv: kv[1])
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("default")
-    names = [t for t, _ in tokens][:-1] + ["ab"]  # the reader wants at least one merge
+    names = [*(t for t, _ in tokens[:-1]), "ab"]  # the reader wants at least one merge
     w.add_token_list(names)
     w.add_token_types([3 if t.startswith("<|") else 1 for t in names])
     w.add_token_merges(["a b"])
     w.add_eos_token_id(256)
     w.add_bos_token_id(256)
-    ours = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}  # fmt: skip
+    ours = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     for name, tensor in model.state_dict().items():
         t = tensor.float()
         if name in top:
@@ -88,7 +100,7 @@ def test_truncated_gguf(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="truncated"):
         open_source(tmp_path / "cut.gguf")
-    with pytest.raises(UserError, match="m.gguf is no directory|directory already"):
+    with pytest.raises(UserError, match=r"is a directory already"):
         import_gguf(src, tmp_path / "x")
 
 
@@ -96,7 +108,7 @@ def test_bad_sources(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         open_source(tmp_path / "empty")
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(UserError, match="is no GGUF file"):
