@@ -134,17 +134,18 @@ class MixerCore(nn.Module):
 
     def readout(self, near: Tensor | None, far: Tensor, z: Tensor | None) -> Tensor:
         """(..., H P) for o_proj, in z's dtype (fp32 without a gate)."""
-        dtype = torch.float32 if z is None else z.dtype
         gate: Tensor | float = 1.0
         if z is not None:
-            zh = z.float().view(far.shape)
-            gate = F.silu(zh) if self.config.gate == "silu" else 2 * torch.sigmoid(zh)
+            gate = F.silu(z.float()) if self.config.gate == "silu" else 2 * torch.sigmoid(z.float())
+        far_weight = self.far_weight.float().flatten()
         if self.config.norm == "after_gate":
-            return (self.norm(far * gate) * self.far_weight.float()).flatten(-2).to(dtype)
-        heads = far * self.far_weight.float()
-        if near is not None:
-            heads = heads + near.float() * self.near_weight.float()
-        return (heads * gate).flatten(-2).to(dtype)
+            out = self.norm((far.flatten(-2) * gate).view_as(far)).flatten(-2) * far_weight
+        else:
+            out = far.flatten(-2) * far_weight
+            if near is not None:
+                out = out + near.float().flatten(-2) * self.near_weight.float().flatten()
+            out = out * gate
+        return out if z is None else out.to(z.dtype)
 
     def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None) -> Tensor:
         """Whole sequences.
