@@ -1,4 +1,1 @@
-"""torchtune recipes: `distill_hybrid` (KD-SFT), its models, data, checkpoints and metrics.
-
-These files are in use and committed: extend them rather than write them anew.
-"""
+"""torchtune recipes: `distill_hybrid` (KD-SFT), with its models, data, checkpoints and metrics."""
