@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from .checkpoint import load_model
 from .convert import load_tokenizer
+from .device import check_device
 from .errors import UserError
 from .model import HybridMambaForCausalLM
 from .source import open_source
@@ -70,6 +71,9 @@ def compare(
     Raises:
         UserError: a checkpoint or the text cannot be read, or vocabularies differ.
     """
+    if min(tokens, length) < 1:
+        raise UserError(f"--tokens {tokens} and --length {length} must be at least 1")
+    check_device(device)
     source = open_source(teacher)
     stream_T, passage_T = token_stream(read_texts(text, column), load_tokenizer(source), tokens)
     model = load_model(teacher, dtype).to(device)

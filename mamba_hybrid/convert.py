@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from .calibrate import Fit, calibrate_mixer
 from .checkpoint import save_model
 from .config import ATTENTION, MIXER, HybridMambaConfig
+from .device import check_device
 from .errors import UserError
 from .mixer import HybridMixer, ZeroLinear
 from .model import Batch, HybridLayer
@@ -126,7 +127,6 @@ def convert(job: Conversion) -> Report:
     )
     config = hybrid_config(source.config, layer_types=[ATTENTION if i in kept else MIXER for i in range(n)], **mixer)
     walk = Walk(source, config, job)
-    converting = sorted(config.mixer_layers)
     dtype = getattr(torch, job.dtype) if job.dtype else _stored_dtype(source)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +138,7 @@ def convert(job: Conversion) -> Report:
         (out / "README.md").write_text(model_card(job, config, walk, n))
 
     save_model(job.out, config, tensors(), companions, overwrite=job.overwrite)
-    return Report(config, {i: walk.fits.get(i) for i in converting}, walk.kl, walk.kl_tokens)
+    return Report(config, {i: walk.fits.get(i) for i in config.mixer_layers}, walk.kl, walk.kl_tokens)
 
 
 def _stored_dtype(source: Source) -> torch.dtype:
@@ -179,6 +179,9 @@ class Walk:
         job = self.job
         assert job.calibrate is not None
         texts = read_texts(job.calibrate, job.column)
+        check_device(job.device)
+        if job.length < 1:
+            raise UserError(f"--calibrate-length {job.length} must be at least 1")
         if job.length > self.config.max_position_embeddings:
             raise UserError(
                 f"--calibrate-length {job.length} is over the model's context {self.config.max_position_embeddings}"

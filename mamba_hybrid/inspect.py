@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .config import ATTENTION, HybridMambaConfig
+from .config import HybridMambaConfig
 from .model import HybridMambaForCausalLM
 from .source import hybrid_config, open_source
 
@@ -39,7 +39,7 @@ def inspect(path: str | Path, *, context: int | None = None, drafts: int = 0) ->
     state, kv, full = len(mixers) * layout.bytes(), kept * kv_token * context, n * kv_token * context
     lines = [
         f"{path}: {source.config.model_type}, {sum(counts.values()) / 1e6:.1f} M parameters, {str(dtype)[6:]}",
-        f"layers       {n}: {kept} attention {_list(config, ATTENTION)}, {len(mixers)} mixers {mixers}",
+        f"layers       {n}: {kept} attention {[i for i in range(n) if i not in mixers]}, {len(mixers)} mixers {mixers}",
         f"heads        {config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
         f"{config.state_heads} states of {config.head_dim} x {config.state_size}; head width {config.head_dim}",
         f"mixer        window {config.window}, ring {layout.ring} rows, short_conv {config.short_conv}, "
@@ -58,10 +58,6 @@ def inspect(path: str | Path, *, context: int | None = None, drafts: int = 0) ->
 def _dtype(config: HybridMambaConfig) -> torch.dtype:
     dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float32").removeprefix("torch."))
-
-
-def _list(config: HybridMambaConfig, kind: str) -> list[int]:
-    return [i for i, t in enumerate(config.layer_types or []) if t == kind]
 
 
 def _parameters(config: HybridMambaConfig) -> dict[str, int]:

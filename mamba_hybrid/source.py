@@ -74,9 +74,6 @@ class Source:
         """Names of all tensors."""
         return list(self._readers)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._readers
-
     def tensor(self, name: str) -> Tensor:
         """Load one tensor, as stored (GGUF: dequantised to fp32).
 

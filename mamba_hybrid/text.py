@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
+
+
+def read_file(path: Path) -> str:
+    """A UTF-8 file's content.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, for error messages; the row) of a JSONL file, empty lines left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{where} is no JSON: {e}") from e
+                yield where, row
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
 
 
 def read_texts(path: str | Path, column: str = "text") -> list[str]:
@@ -19,24 +54,14 @@ def read_texts(path: str | Path, column: str = "text") -> list[str]:
         UserError: no such file, nothing in it, a row that is no JSON or lacks the column.
     """
     path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"text {path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    texts = []
     if path.suffix != ".jsonl":
-        texts = [content]
+        texts.append(read_file(path))
     else:
-        texts = []
-        for number, line in enumerate(content.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}, line {number} is no JSON: {e}") from e
+        for where, row in jsonl_rows(path):
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 have = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise UserError(f"{path}, line {number} has no text under {column!r} (there is {have}); see --column")
+                raise UserError(f"{where} has no text under {column!r} (there is {have}); see --column")
             texts.append(row[column])
     texts = [t for t in texts if t.strip()]
     if not texts:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.text import jsonl_rows, read_file
 
 LOCAL = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -57,25 +57,12 @@ def _value(where: str, row: Any, column: str) -> tuple[str, Any]:
 
 
 def _jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise UserError(f"{file}, line {number} is no JSON: {e}") from e
-                yield _value(f"{file}, line {number}", row, column)
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} cannot be read: {e}") from e
+    for where, row in jsonl_rows(file):
+        yield _value(where, row, column)
 
 
 def _text(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    try:
-        yield _value(str(file), {"text": file.read_text(encoding="utf-8")}, column)
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} cannot be read: {e}") from e
+    yield _value(str(file), {"text": read_file(file)}, column)
 
 
 def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:

@@ -163,6 +163,19 @@ ERRORS = {
         ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--column", "body"],
         "'body' (there is ['text'])",
     ),
+    "no such device": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--device", "nonsense"],
+        "--device nonsense is not on this machine",
+    ),
+    "no length": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--calibrate-length", "0"],
+        "--calibrate-length 0",
+    ),
+    "compare no tokens": (["compare", "{src}", "{src}", "--text", "{text}", "--tokens", "0"], "--tokens 0"),
+    "compare on no device": (
+        ["compare", "{src}", "{src}", "--text", "{text}", "--device", "nonsense"],
+        "--device nonsense",
+    ),
     "existing out": (["convert", "{src}", "{tmp}"], "--overwrite"),
     "compare without student": (["compare", "{src}", "{tmp}/none", "--text", "{text}"], "none does not exist"),
     "inspect a file": (["inspect", "{tmp}/short.txt"], "is no GGUF file"),
