@@ -101,7 +101,7 @@ def _verify(slots, layout, slot_R, start_R, valid_RT, x_RTGP, dt_RTS, A_S, B_RTG
     R, T, G, P = x_RTGP.shape
     S, H, N = dt_RTS.shape[2], C_RTHN.shape[2], B_RTGN.shape[3]
     W, w, device = layout.ring, layout.window, x_RTGP.device
-    c_R = torch.where(start_R == 0, 0, slots.position[slot_R, 0].long())
+    c_R = torch.where(start_R == 0, 0, slots.position[slot_R, 0, 0].long())
     past_RW = start_R[:, None] + torch.arange(-W, 0, device=device)
     live_RW = past_RW >= c_R[:, None]
     at = (slot_R[:, None], past_RW % W)
@@ -150,7 +150,7 @@ def _verify(slots, layout, slot_R, start_R, valid_RT, x_RTGP, dt_RTS, A_S, B_RTG
         new_state = s_to.exp()[..., None, None] * state[flush] + gained
         slots.state[slot_R[flush]] = new_state.to(slots.state.dtype)
         c_R = c_R.index_put((flush,), to)
-    slots.position[slot_R, 0] = c_R.int()
+    slots.position[slot_R] = c_R.int()[:, None, None]
     position = start_R[:, None] + torch.arange(T, device=device)
     r, i = valid_RT.nonzero(as_tuple=True)
     at = (slot_R[r], position[r, i] % W)
@@ -165,7 +165,7 @@ def _prefill(slots, layout, slot, start, x_TGP, dt_TS, A_S, B_TGN, C_THN, D_H):
     T, H, N = C_THN.shape
     W, w, device = layout.ring, layout.window, x_TGP.device
     end = start + T
-    c = 0 if start == 0 else int(slots.position[slot, 0])
+    c = 0 if start == 0 else int(slots.position[slot, 0, 0])
     lo = min(c, max(start - w + 1, 0)) if w else c
     past = torch.arange(lo, start, device=device) % W
     x = torch.cat([slots.x[slot, past], x_TGP.to(slots.x.dtype)])
@@ -193,7 +193,7 @@ def _prefill(slots, layout, slot, start, x_TGP, dt_TS, A_S, B_TGN, C_THN, D_H):
         far[a + w + skip - start : b + w - start] = y[0, skip:]
         if b == to:
             slots.state[slot] = state[0].to(slots.state.dtype)
-    slots.position[slot, 0] = to
+    slots.position[slot] = to
     kept = torch.arange(max(start, end - W), end, device=device)
     slots.x[slot, kept % W] = x_TGP[kept - start].to(slots.x.dtype)
     slots.b[slot, kept % W] = B_TGN[kept - start].to(slots.b.dtype)

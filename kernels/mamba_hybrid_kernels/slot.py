@@ -13,6 +13,9 @@ position after a step's last token:
 - so a verify step finds every row it reads, and the rows it writes never collide with them.
 
 `ring >= window + rewind + step` is what the rules need; what is above that (`slack`) makes flushes rare.
+
+c is kept once for each tile of 16 state rows, all copies equal: a program of a kernel reads and writes the copies of
+the tiles it owns, so no program can see a position that another one has moved already.
 """
 
 from __future__ import annotations
@@ -68,6 +71,11 @@ class SlotLayout:
         return -(-least // 16) * 16
 
     @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows that a state is cut into, each with its own copy of the checkpoint position."""
+        return -(-self.head_dim // 16)
+
+    @property
     def conv_ring(self) -> int:
         """Rows of the short convolution's ring of inputs: its reach back, a rewind and a step."""
         return self.conv - 1 + self.rewind + self.step if self.conv else 0
@@ -82,7 +90,7 @@ class SlotLayout:
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "state": ((self.state_heads, self.head_dim, self.state_size), self.state_dtype),
             "dt": ((self.ring, self.state_heads), torch.float32),
-            "position": ((1,), torch.int32),
+            "position": ((self.state_heads, self.tiles), torch.int32),
             "x": ((self.ring, self.groups, self.head_dim), self.dtype),
             "b": ((self.ring, self.groups, self.state_size), self.dtype),
         }
@@ -100,8 +108,8 @@ class SlotLayout:
 class SlotTensors:
     """One layer's slots as tensors whose first dimension counts slots.
 
-    `state` is read only where `position` is above zero, and a sequence's first step (start 0) ignores both, so
-    a slot handed to a new sequence needs no clearing.
+    `state` is read only where `position` (S, tiles) is above zero, and a sequence's first step (start 0) ignores both,
+    so a slot handed to a new sequence needs no clearing.
     """
 
     state: torch.Tensor

@@ -125,7 +125,7 @@ def test_rows_must_add_up():
 def test_layout_arithmetic():
     llama_8b = SlotLayout(8, 32, 32, 128, 128, 64, dtype=torch.bfloat16)
     row = 2 * 8 * 128 * 2 + 32 * 4
-    assert llama_8b.ring == 80 and llama_8b.bytes() == 32 * 128 * 128 * 4 + 80 * row + 4
+    assert llama_8b.ring == 80 and llama_8b.bytes() == 32 * 128 * 128 * 4 + 80 * row + 32 * 8 * 4
     assert SlotLayout(8, 8, 32, 128, 128, 64, step=5, rewind=5).ring >= 64 + 5 + 5
     with pytest.raises(ValueError, match="rewind 0"):
         SlotLayout(1, 1, 1, 4, 4, 4, step=2)
