@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from mamba_hybrid_kernels import (
     SlotLayout,
     SlotTensors,
-    delay,
     replay,
     short_conv,
     short_conv_step,
@@ -122,9 +121,8 @@ class MixerCore(nn.Module):
         return window_attention(c, b, x, self.config.window, doc_BL=doc_BL) if self.config.window else None
 
     def far(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None) -> Tensor:
-        """The SSD on what has left the window (B, L, H, P), fp32; normed unless the norm comes after the gate."""
-        w = self.config.window
-        far, _ = ssd(delay(x, w, doc_BL), delay(self.step_size(dt), w), self.A_S, delay(b, w), c, self.D, doc_BL=doc_BL)
+        """The SSD on what has left the window (B, L, H, P); normed, in fp32, unless the norm comes after the gate."""
+        far, _ = ssd(x, self.step_size(dt), self.A_S, b, c, self.D, delay=self.config.window, doc_BL=doc_BL)
         return self.norm(far) if self.config.norm == "before_gate" else far
 
     def norm(self, y: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import types
 import torch
 from torch import Tensor
 
+from .ssd_op import ssd_op
+
 
 def delay(t_BLX: Tensor, steps: int, doc_BL: Tensor | None = None) -> Tensor:
     """Shift a sequence to the right, so that position t holds what stood at t - steps, else zeros.
@@ -124,7 +126,7 @@ def _mamba_ssm_scan():
         spec = importlib.util.find_spec("mamba_ssm")
         if spec is None or not spec.submodule_search_locations:
             raise RuntimeError(
-                "SSD on a GPU needs mamba-ssm==2.3.1: "
+                "the mamba_ssm backend needs mamba-ssm==2.3.1: "
                 "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation mamba-ssm==2.3.1"
             )
         package = types.ModuleType("mamba_ssm")
@@ -136,7 +138,7 @@ def _mamba_ssm_scan():
     return mamba_chunk_scan_combined
 
 
-def _ssd_mamba_ssm(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN) -> tuple[Tensor, Tensor]:
+def _ssd_mamba_ssm(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN, chunk) -> tuple[Tensor, Tensor]:
     # mamba-ssm knows one state per head and C per group, so x, B, dt are repeated to the H query heads.
     H, G, S = C_BLHN.shape[2], x_BLGP.shape[2], dt_BLS.shape[2]
     y, state_BHPN = _mamba_ssm_scan()(
@@ -145,13 +147,27 @@ def _ssd_mamba_ssm(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN)
         A_S.float().repeat_interleave(H // S),
         B_BLGN.repeat_interleave(H // G, 2),
         C_BLHN.contiguous(),
-        chunk_size=128,
+        chunk_size=chunk,
         D=D_H.float(),
         initial_states=None if state_BSPN is None else state_BSPN.float().repeat_interleave(H // S, 1),
         seq_idx=None if doc_BL is None else doc_BL.int().contiguous(),
         return_final_states=True,
     )
-    return y.float(), state_BHPN[:, :: H // S].float()
+    return y, state_BHPN[:, :: H // S].float()
+
+
+def _ssd_triton(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN, delay, chunk) -> tuple[Tensor, Tensor]:
+    if x_BLGP.dtype == torch.float64:
+        raise ValueError("the triton backend computes in fp32 and takes no fp64; the reference does")
+    x_BLGP, B_BLGN, C_BLHN = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (x_BLGP, B_BLGN.to(x_BLGP.dtype), C_BLHN.to(x_BLGP.dtype))
+    )
+    state_BSPN = None if state_BSPN is None else state_BSPN.float()
+    return ssd_op(x_BLGP, dt_BLS.float(), A_S.float(), B_BLGN, C_BLHN, D_H.float(), doc_BL, state_BSPN, delay, chunk)
+
+
+def _shifted(x_BLGP, dt_BLS, B_BLGN, doc_BL, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    return delay(x_BLGP, steps, doc_BL), delay(dt_BLS, steps), delay(B_BLGN, steps)
 
 
 def ssd(
@@ -162,9 +178,10 @@ def ssd(
     C_BLHN: Tensor,
     D_H: Tensor,
     *,
+    delay: int = 0,
     doc_BL: Tensor | None = None,
     state_BSPN: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the grouped-query state-space recurrence over whole sequences.
@@ -176,17 +193,22 @@ def ssd(
         B_BLGN: keys (B, L, G, N).
         C_BLHN: queries (B, L, H, N).
         D_H: skip weights (H,).
+        delay: by how many tokens x, B and dt come late: position t works with those of t - delay. Where that is
+            before the sequence or in another document there is nothing to add, and the first `delay` outputs of
+            a row are 0.
         doc_BL: integer document ids (B, L); the state starts from zero where the id changes. An initial state
             belongs to the first document of its row.
         state_BSPN: initial states (B, S, P, N), None for zeros.
-        chunk: tokens of one chunk of the reference; the result depends on it by rounding only.
-        backend: "reference" (plain PyTorch, the CPU path) or "mamba_ssm" (Triton); None picks by device.
+        chunk: tokens of one chunk, by default 64 in the reference and 128 in Triton, where it is a power of two; the
+            result depends on it by rounding only.
+        backend: "reference" (plain PyTorch, the CPU path), "triton" (the GPU path) or "mamba_ssm" (mamba-ssm's
+            kernels on repeated heads, to compare with); None picks by device.
 
     Returns:
-        y (B, L, H, P) and the final states (B, S, P, N), both fp32 (fp64 for fp64 inputs).
+        y (B, L, H, P) in x's dtype and the final states (B, S, P, N) in fp32 (fp64 for fp64 step sizes).
 
     Raises:
-        ValueError: head counts that do not divide each other, or an unknown backend.
+        ValueError: head counts that do not divide each other, an unknown backend, or what it does not take.
 
     Example:
         >>> y, state = ssd(torch.randn(1, 9, 1, 4), torch.ones(1, 9, 1), -torch.ones(1), torch.randn(1, 9, 1, 4),
@@ -197,9 +219,19 @@ def ssd(
     G, S, H = x_BLGP.shape[2], dt_BLS.shape[2], C_BLHN.shape[2]
     if S % G or H % S:
         raise ValueError(f"{S} state heads must be a multiple of {G} key/value heads and divide {H} query heads")
-    backend = backend or ("mamba_ssm" if x_BLGP.is_cuda else "reference")
+    backend = backend or ("triton" if x_BLGP.is_cuda else "reference")
+    if backend == "triton":
+        return _ssd_triton(
+            x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN, delay, 128 if chunk is None else chunk
+        )
     if backend == "reference":
-        return ssd_reference(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN, chunk)
-    if backend == "mamba_ssm":
-        return _ssd_mamba_ssm(x_BLGP, dt_BLS, A_S, B_BLGN, C_BLHN, D_H, doc_BL, state_BSPN)
-    raise ValueError(f"backend {backend!r} is none of 'reference', 'mamba_ssm'")
+        run, chunk = ssd_reference, 64 if chunk is None else chunk
+    elif backend == "mamba_ssm":
+        run, chunk = _ssd_mamba_ssm, 128 if chunk is None else chunk
+    else:
+        raise ValueError(f"backend {backend!r} is none of 'reference', 'triton', 'mamba_ssm'")
+    x, dt, B = _shifted(x_BLGP, dt_BLS, B_BLGN, doc_BL, delay)
+    y, last = run(x, dt, A_S, B, C_BLHN, D_H, doc_BL, state_BSPN, chunk)
+    if delay and state_BSPN is not None:  # an initial state, too, is read with a row
+        y = torch.cat([torch.zeros_like(y[:, :delay]), y[:, delay:]], 1)
+    return y.to(x_BLGP.dtype), last
