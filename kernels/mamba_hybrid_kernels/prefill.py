@@ -59,7 +59,7 @@ def _near(
     g = tl.program_id(0) % G
     r_R = tl.arange(0, BLOCK_R)
     T_R = tl.load(first_ptr + r_R + 1, mask=r_R < ROWS, other=0) - tl.load(first_ptr + r_R, mask=r_R < ROWS, other=0)
-    row, i = _find((T_R.to(tl.int32) + BLOCK_T - 1) // BLOCK_T, tl.program_id(0) // G)
+    row, i = _find((T_R.to(tl.int32) + BLOCK_T - 1) // BLOCK_T, tl.program_id(0) // G, BLOCK_R)
     slot = tl.load(slot_ptr + row).to(tl.int64)
     if slot < 0:
         return
@@ -243,12 +243,15 @@ def prefill(
     rows = (slot_R, start_R, first_R1)
     ring = (slots.x, slots.dt, slots.b)
     ring_strides = [t.stride(0) for t in ring]
-    block_r = triton.next_power_of_2(R)
+    block_r = max(triton.next_power_of_2(R), 16)
     fixed = {"G": G, "P": P, "N": N, "W": W, "WINDOW": w}
     rules = {"STEP": layout.step, "REWIND": layout.rewind}
     accuracy = precision(x_MGP)
     if near_MHP is not None:
         near = near or near_launch(x_MGP)
+        if x_MGP.element_size() > 2 and near.block_q >= 64 and near.block_j < 32:
+            # Triton 3.6 takes wgmma there, which then reads past its operand (docs/kernels.md)
+            raise ValueError(f"fp32 with block_q {near.block_q} needs block_j of at least 32, not {near.block_j}")
         block_h = triton.next_power_of_2(H // G)
         block_t = max(near.block_q // block_h, 1)
         _near[(G * sum(-(-T // block_t) for T in lengths),)](

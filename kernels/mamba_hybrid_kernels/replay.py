@@ -38,6 +38,8 @@ def replay(
     B_MGN: Tensor,
     C_MHN: Tensor,
     D_H: Tensor,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Advance a ragged batch of sequences by lengths[r] tokens each and update their slots in place.
 
@@ -54,18 +56,26 @@ def replay(
         A_S: decay rates, negative, fp32.
         C_MHN: (rotated) queries.
         D_H: skip weights.
+        backend: "reference" (plain PyTorch, the CPU path) or "triton" (`verify` and `prefill`); None picks by device.
 
     Returns:
         near (M, H, P) or None without a window, and far (M, H, P), both fp32.
 
     Raises:
-        ValueError: rows that do not add up to the tokens.
+        ValueError: rows that do not add up to the tokens, an unknown backend, or what the Triton kernels do not take.
     """
+    backend = backend or ("triton" if x_MGP.is_cuda else "reference")
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"backend {backend!r} is none of 'reference', 'triton'")
     if sum(lengths) != x_MGP.shape[0] or min(lengths, default=1) < 1:
         raise ValueError(f"rows of {lengths} tokens do not make up {x_MGP.shape[0]} tokens")
     H, P = C_MHN.shape[1], x_MGP.shape[2]
     far_MHP = torch.empty(len(x_MGP), H, P, dtype=torch.float32, device=x_MGP.device)
     near_MHP = torch.empty_like(far_MHP) if layout.window else None
+    if backend == "triton":
+        inputs = (x_MGP, dt_MS, A_S, B_MGN, C_MHN, D_H)
+        _launch(slots, layout, slot_ids, starts, lengths, inputs, near_MHP, far_MHP)
+        return near_MHP, far_MHP
     first, short = 0, []
     for r, T in enumerate(lengths):
         if layout.step >= T:
@@ -94,6 +104,30 @@ def replay(
         if near_MHP is not None:
             near_MHP[index[valid]] = near[valid]
     return near_MHP, far_MHP
+
+
+def _launch(slots, layout, slot_ids, starts, lengths, inputs, near_MHP, far_MHP) -> None:
+    """The Triton kernels: verify for the rows of at most layout.step tokens, prefill for the others."""
+    from .prefill import prefill  # Triton is needed to run, not to import
+    from .verify import verify
+
+    first = [0]
+    for T in lengths:
+        first.append(first[-1] + T)
+    short = [layout.step >= T for T in lengths]
+
+    def rows(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=far_MHP.device)
+
+    start_R, first_R1 = rows(starts), rows(first)
+    outputs = {"near_MHP": near_MHP, "far_MHP": far_MHP}
+    if any(short):
+        slot_R = rows([slot if mine else -1 for slot, mine in zip(slot_ids, short, strict=True)])
+        most = max(T for T, mine in zip(lengths, short, strict=True) if mine)
+        verify(slots, layout, slot_R, start_R, first_R1, *inputs, max_tokens=most, **outputs)
+    if not all(short):
+        slot_R = rows([-1 if mine else slot for slot, mine in zip(slot_ids, short, strict=True)])
+        prefill(slots, layout, slot_R, start_R, first_R1, lengths, *inputs, **outputs)
 
 
 def _verify(slots, layout, slot_R, start_R, valid_RT, x_RTGP, dt_RTS, A_S, B_RTGN, C_RTHN, D_H):

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import precision
+from .prefix import prefix_sum
 from .ssd_forward import _states, block, states_launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -74,23 +75,18 @@ def _within(launch: dict[str, int], chunk: int) -> dict[str, int]:
 @triton.jit
 def _decays(
     dt_ptr, dt_stride_b, dt_stride_l, dt_stride_s, A_ptr, s_ptr, step_ptr, rows,
-    S: tl.constexpr, Q: tl.constexpr, BLOCK_S: tl.constexpr,
+    Q: tl.constexpr,
 ):  # fmt: skip
-    """log2(e) s and dt of one chunk, each state's rows side by side; rows beyond the last have a dt of 0."""
+    """log2(e) s and dt of one chunk and state; rows beyond the last have a dt of 0."""
     chunk = tl.program_id(0)
+    s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     row_Q = chunk * Q + tl.arange(0, Q)
-    s_S = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    in_S = s_S < S
-    dt_QS = tl.load(
-        dt_ptr + b * dt_stride_b + row_Q.to(tl.int64)[:, None] * dt_stride_l + s_S[None, :] * dt_stride_s,
-        mask=(row_Q < rows)[:, None] & in_S[None, :],
-        other=0,
-    ).to(tl.float32)
-    A_S = tl.load(A_ptr + s_S, mask=in_S, other=0).to(tl.float32) * LOG2_E
-    at_QS = (b * S + s_S)[None, :] * tl.num_programs(0) * Q + row_Q[:, None]
-    tl.store(step_ptr + at_QS, dt_QS, mask=in_S[None, :])
-    tl.store(s_ptr + at_QS, tl.cumsum(dt_QS * A_S[None, :], 0), mask=in_S[None, :])
+    dt_ptr += b * dt_stride_b + s * dt_stride_s
+    dt_Q = tl.load(dt_ptr + row_Q.to(tl.int64) * dt_stride_l, mask=row_Q < rows, other=0).to(tl.float32)
+    at_Q = (b * tl.num_programs(1) + s) * tl.num_programs(0) * Q + row_Q
+    tl.store(step_ptr + at_Q, dt_Q)
+    tl.store(s_ptr + at_Q, prefix_sum(dt_Q * (tl.load(A_ptr + s).to(tl.float32) * LOG2_E), Q))
 
 
 @triton.jit(do_not_specialize=["L", "rows", "chunks", "delay"])
@@ -603,10 +599,7 @@ def ssd_backward(
     doc = (doc_BL, *doc_BL.stride())
 
     s_BSM, dt_BSM = new(b, S, M), new(b, S, M)
-    block_s = min(16, triton.next_power_of_2(S))
-    _decays[(chunks, triton.cdiv(S, block_s), b)](
-        dt_BLS, *dt_BLS.stride(), A_S, s_BSM, dt_BSM, rows, S=S, Q=chunk, BLOCK_S=block_s
-    )
+    _decays[(chunks, S, b)](dt_BLS, *dt_BLS.stride(), A_S, s_BSM, dt_BSM, rows, Q=chunk)
 
     launch = _within(_walk_launch(P, N, not bf16, b * S), chunk)
     tiles = triton.cdiv(P, launch["BLOCK_P"]) * triton.cdiv(N, launch["BLOCK_N"])

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import precision
+from .prefix import prefix_sum
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -82,9 +83,9 @@ def _chunk_bounds(
 
 
 @triton.jit
-def _find(count_R, k):
+def _find(count_R, k, BLOCK_R: tl.constexpr):
     """Which row the k-th piece belongs to if row r has count_R[r] of them, and its number within the row."""
-    upto_R = tl.cumsum(count_R, 0)
+    upto_R = prefix_sum(count_R, BLOCK_R)
     row = tl.sum((upto_R <= k).to(tl.int32), 0)
     return row, k - tl.max(tl.where(upto_R <= k, upto_R, 0), 0)
 
@@ -188,8 +189,8 @@ def _states(
             chunk = k + (j0 - lo) // Q
             enters_N = n_N < tl.where(at == 0, N, 0)
             tl.store(enter_ptr + chunk * (S * P * N) + tile_PN, state_PN, mask=in_P[:, None] & enters_N[None, :])
-            s_J = tl.cumsum(dt_J * A, 0)
-            s_last = tl.sum(tl.where(i_J == BLOCK_J - 1, s_J, 0), 0)
+            s_J = prefix_sum(dt_J * A, BLOCK_J)
+            s_last = tl.min(s_J, 0)  # A is negative
             s_before = tl.where(at == 0, 0.0, s_before)
             tl.store(s_ptr + (chunk * S + head) * Q + at + i_J, s_before + s_J, mask=i_J < tl.where(writes_s, Q, 0))
             s_before += s_last
@@ -247,7 +248,7 @@ def _outputs(
 
     if RAGGED:
         counts_R = _chunk_bounds(first_ptr, ROWS, Q, W, WINDOW, STEP, REWIND, BLOCK_R)
-        row, i = _find(counts_R, k)
+        row, i = _find(counts_R, k, BLOCK_R)
         slot, m0, start, end, c, to = _row_span(
             row, slot_ptr, start_ptr, first_ptr, position_ptr, position_stride, W, WINDOW, STEP, REWIND
         )

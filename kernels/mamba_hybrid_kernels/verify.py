@@ -1,8 +1,9 @@
 """One decode or verify step of a mixer layer in one launch: the Triton form of `replay.replay` for short rows.
 
-Shapes: M tokens of the step, R rows (sequences), T tokens of a row, J ring rows at the positions
-[end - W, end), H query heads, G key/value heads, S state heads, K = H/S query heads of a state, P head width,
-N state width, W ring rows, w the window; in the kernel Q stands for the (head, token) pairs of a program.
+Shapes: M tokens of the step, R rows (sequences), T tokens of a row, H query heads, G key/value heads, S state heads,
+K = H/S query heads of a state, P head width, N state width, W ring rows, w the window; in the kernel J stands for the
+far rows at the positions [end - W, end - w), W for the window's at [start - w, start), I for the step's new rows and Q
+for the (head, token) pairs of a program.
 
 With p the position of a row's first token, end = p + T, c the checkpoint position of its slot and
 
@@ -13,10 +14,10 @@ With p the position of a row's first token, end = p + T, c the checkpoint positi
     flush to c' = end - rewind - w, iff end + step - c > W:
              S <- exp(s_{c'-1}) S + sum_{c <= j < c'} exp(s_{c'-1} - s_j) dt_j x_j B_j^T
 
-A program owns (row, states of one group, slice of P): it streams its tiles of the state once, and the scores B_j . C_t
-serve the window, the replay and D. Everything is transposed, (J, Q) and (P, Q), so that the long sides feed the
-tensor cores' M. A program reads and writes the checkpoint positions of its own tiles only, the ring rows it
-writes are none that a step reads (`slot.py`), so programs need not wait for each other.
+A program owns (row, state, slice of P): one pass over N reads its tile of the state and makes the scores of the far
+rows and of the window. A program reads and writes the checkpoint positions of its own tiles only, the ring rows that
+it writes are none that a step reads (`slot.py`), so programs need not wait for each other. Products keep Q, of which
+there are few, in the tensor cores' M: `docs/kernels.md` says why.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_of, precision
+from .launch import case_of, precision, tuned
 from .slot import SlotLayout, SlotTensors
 
 MOST_TOKENS = 16  # of a row in one step
@@ -37,6 +38,27 @@ MOST_TOKENS = 16  # of a row in one step
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _read(c_QN, state_PN, acc_QP, PRECISION: tl.constexpr):
+    """acc + C S^T, for a state of another type in fp32."""
+    if state_PN.dtype == c_QN.dtype:
+        return _dot(c_QN, tl.trans(state_PN), acc_QP, PRECISION)
+    return _dot(c_QN.to(tl.float32), tl.trans(state_PN.to(tl.float32)), acc_QP, PRECISION)
+
+
+@triton.jit
+def _sum_after(a_QJ, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr):
+    """Of every row the sum of those after it, as a product with ones."""
+    j_J = tl.arange(0, BLOCK_J)
+    after_JJ = (j_J[:, None] > j_J[None, :]).to(tl.float32)
+    if PRECISION == "ieee":
+        return tl.dot(a_QJ, after_JJ, input_precision="ieee")
+    # tf32 is 10 bits of mantissa: ones are exact in it, the rest is split into what it holds and what it leaves
+    high_QJ = (a_QJ.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    sum_QJ = tl.dot(a_QJ - high_QJ, after_JJ, input_precision="tf32")
+    return tl.dot(high_QJ, after_JJ, sum_QJ, input_precision="tf32")
 
 
 @triton.jit
@@ -55,23 +77,25 @@ def _verify(
     A_ptr, D_ptr, near_ptr, far_ptr, scale, seed,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     W: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr, REWIND: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, STATES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
     EAGER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = H // S
     PER_GROUP: tl.constexpr = S // G
     TILES: tl.constexpr = (P + 15) // 16
-    BLOCK_Q: tl.constexpr = BLOCK_S * BLOCK_K * BLOCK_T
+    BLOCK_Q: tl.constexpr = BLOCK_K * BLOCK_T
+    BLOCK_I: tl.constexpr = BLOCK_T if BLOCK_T > 16 else 16  # new rows, as many as a product needs
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # the operand type of products with fp32 weights: fp16 could overflow, bf16 has fp32's range
     WEIGHT: tl.constexpr = DTYPE if tl.bfloat16 == DTYPE else tl.float32
+    EXACT: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
 
     row = tl.program_id(1)
     slices: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    s0 = tl.program_id(0) // slices * STATES
+    s = tl.program_id(0) // slices
     p0 = tl.program_id(0) % slices * BLOCK_P
-    g = s0 // PER_GROUP
+    g = s // PER_GROUP
     slot = tl.load(slot_ptr + row).to(tl.int64)
     m0 = tl.load(first_ptr + row).to(tl.int64)
     T = (tl.load(first_ptr + row + 1) - m0).to(tl.int32)
@@ -81,179 +105,158 @@ def _verify(
     end = start + T
 
     p_P = p0 + tl.arange(0, BLOCK_P)
+    n_N = tl.arange(0, BLOCK_N)
+    n_C = tl.arange(0, BLOCK_C)
     in_P = p_P < P
-    state_ptr += slot * state_stride + s0.to(tl.int64) * P * N
-    position_ptr += slot * position_stride + s0 * TILES + p0 // 16
+    in_N = n_N < N
+    x_ptr += m0 * x_stride + g * P
+    b_ptr += m0 * b_stride + g * N
+    dt_ptr += m0 * dt_stride + s
+    state_ptr += slot * state_stride + s.to(tl.int64) * P * N
+    position_ptr += slot * position_stride + s * TILES + p0 // 16
     x_ring_ptr += slot * x_ring_stride + g * P
     b_ring_ptr += slot * b_ring_stride + g * N
-    dt_ring_ptr += slot * dt_ring_stride + s0
+    dt_ring_ptr += slot * dt_ring_stride + s
     c = tl.load(position_ptr)
-    c = tl.where(start == 0, 0, c)
 
-    # queries: Q = (state, head of the state, token)
+    # queries: Q = (head of the state, token)
     q_Q = tl.arange(0, BLOCK_Q)
-    state_Q = q_Q // (BLOCK_K * BLOCK_T)
-    k_Q = q_Q // BLOCK_T % BLOCK_K
+    k_Q = q_Q // BLOCK_T
     t_Q = q_Q % BLOCK_T
-    h_Q = (s0 + state_Q) * K + k_Q
-    in_Q = (state_Q < STATES) & (k_Q < K) & (t_Q < T)
+    h_Q = s * K + k_Q
+    in_Q = (k_Q < K) & (t_Q < T)
     c_ptr_Q = c_ptr + (m0 + t_Q) * c_stride + h_Q * N
+    D_Q = tl.load(D_ptr + h_Q, mask=in_Q, other=0)
+    e_Q = start + t_Q - WINDOW
 
-    # rows: from the ring below `start`, from this step's tokens above
+    # new rows, which go into the ring at the end: x by the group's first program of each slice, B by that of the first
+    i_I = tl.arange(0, BLOCK_I)
+    x_IP = tl.load(x_ptr + i_I[:, None] * x_stride + p_P[None, :], mask=(i_I < T)[:, None] & in_P[None, :], other=0)
+    dt_I = tl.load(dt_ptr + i_I * dt_stride, mask=i_I < T)
+    b_IN = tl.load(b_ptr + i_I[:, None] * b_stride + n_N[None, :], mask=(i_I < T)[:, None] & in_N[None, :], other=0)
+    if WINDOW > 0:
+        c_QN = tl.load(c_ptr_Q[:, None] + n_N[None, :], mask=in_Q[:, None] & in_N[None, :], other=0)
+        w_W = tl.arange(0, BLOCK_W)
+        at_W = start - WINDOW + w_W
+        live_W = (at_W >= 0) & (w_W < WINDOW)
+        x_ptr_W = x_ring_ptr + at_W % W * (G * P)
+        b_ptr_W = b_ring_ptr + at_W % W * (G * N)
+        x_WP = tl.load(x_ptr_W[:, None] + p_P[None, :], mask=live_W[:, None] & in_P[None, :], other=0)
+
+    # far rows: from the ring below `start`, with a window shorter than the step from the new rows too
+    c = tl.where(start == 0, 0, c)
     j_J = tl.arange(0, BLOCK_J)
     at_J = end - W + j_J
-    live_J = (at_J >= c) & (at_J < end)
-    used_J = live_J
-    if WINDOW > 0:
-        used_J = (at_J >= tl.maximum(tl.minimum(c, start - WINDOW + 1), 0)) & (at_J < end)
-    load_J = used_J
+    live_J = (at_J >= c) & (at_J < end - WINDOW)
+    load_J = live_J
     if EAGER:  # do not wait for c
-        load_J = (at_J >= 0) & (at_J < end)
-    new_J = (at_J >= start) & (at_J < end)
-    ring_J = (at_J + W) % W
-    token_J = m0 + (at_J - start)
-    x_ptr_J = tl.where(new_J, x_ptr + token_J * x_stride + g * P, x_ring_ptr + ring_J * (G * P))
-    b_ptr_J = tl.where(new_J, b_ptr + token_J * b_stride + g * N, b_ring_ptr + ring_J * (G * N))
+        load_J = (at_J >= 0) & (at_J < end - WINDOW)
+    x_ptr_J = x_ring_ptr + at_J % W * (G * P)
+    b_ptr_J = b_ring_ptr + at_J % W * (G * N)
+    dt_ptr_J = dt_ring_ptr + at_J % W * S
+    if WINDOW < STEP:
+        x_ptr_J = tl.where(at_J >= start, x_ptr + (at_J - start) * x_stride, x_ptr_J)
+        b_ptr_J = tl.where(at_J >= start, b_ptr + (at_J - start) * b_stride, b_ptr_J)
+        dt_ptr_J = tl.where(at_J >= start, dt_ptr + (at_J - start) * dt_stride, dt_ptr_J)
     x_JP = tl.load(x_ptr_J[:, None] + p_P[None, :], mask=load_J[:, None] & in_P[None, :], other=0)
-    s_S = tl.arange(0, BLOCK_S)
-    dt_ptr_J = tl.where(new_J, dt_ptr + token_J * dt_stride + s0, dt_ring_ptr + ring_J * S)
-    dt_JS = tl.load(dt_ptr_J[:, None] + s_S[None, :], mask=load_J[:, None] & (s_S < STATES)[None, :], other=0)
-    A_S = tl.load(A_ptr + s0 + s_S, mask=s_S < STATES, other=0)
+    dt_J = tl.where(live_J, tl.load(dt_ptr_J, mask=load_J, other=0), 0)
+    a_J = dt_J * tl.load(A_ptr + s)
 
-    # what the state says, and the scores, which serve the window and the replay
-    n_C = tl.arange(0, BLOCK_C)
+    # one pass over N: what the state says, and the scores of far rows and window
+    read_QP = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+    far_QJ = tl.zeros((BLOCK_Q, BLOCK_J), tl.float32)
+    near_QW = tl.zeros((BLOCK_Q, BLOCK_W), tl.float32)
     tile_PC = p_P[:, None] * N + n_C[None, :]
-    read_PQ = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    score_JQ = tl.zeros((BLOCK_J, BLOCK_Q), tl.float32)
-    if STATES == 1:
-        for n0 in tl.range(0, N, BLOCK_C, num_stages=STAGES):
-            in_C = n_C < N - n0
-            c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
-            state_PC = tl.load(state_ptr + n0 + tile_PC, mask=in_P[:, None] & in_C[None, :], other=0)
-            b_JC = tl.load(b_ptr_J[:, None] + (n0 + n_C)[None, :], mask=load_J[:, None] & in_C[None, :], other=0)
-            if EAGER:
-                b_JC = tl.where(used_J[:, None], b_JC, 0)
-            score_JQ = _dot(b_JC, tl.trans(c_QC), score_JQ, PRECISION)
-            if state_ptr.dtype.element_ty == DTYPE:
-                read_PQ = _dot(state_PC, tl.trans(c_QC), read_PQ, PRECISION)
-            else:
-                read_PQ = _dot(state_PC.to(tl.float32), tl.trans(c_QC.to(tl.float32)), read_PQ, PRECISION)
-    else:
-        n_N = tl.arange(0, BLOCK_N)
-        in_N = n_N < N
-        c_QN = tl.load(c_ptr_Q[:, None] + n_N[None, :], mask=in_Q[:, None] & in_N[None, :], other=0)
-        b_JN = tl.load(b_ptr_J[:, None] + n_N[None, :], mask=load_J[:, None] & in_N[None, :], other=0)
-        CHUNKS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C
-        for it in tl.range(0, STATES * CHUNKS, num_stages=STAGES):
-            i = it // CHUNKS
-            n0 = it % CHUNKS * BLOCK_C
-            in_C = n_C < N - n0
-            own_Q = in_Q & (state_Q == i)
-            c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=own_Q[:, None] & in_C[None, :], other=0)
-            state_PC = tl.load(state_ptr + i * (P * N) + n0 + tile_PC, mask=in_P[:, None] & in_C[None, :], other=0)
-            if state_ptr.dtype.element_ty == DTYPE:
-                read_PQ = _dot(state_PC, tl.trans(c_QC), read_PQ, PRECISION)
-            else:
-                read_PQ = _dot(state_PC.to(tl.float32), tl.trans(c_QC.to(tl.float32)), read_PQ, PRECISION)
+    for n0 in tl.range(0, N, BLOCK_C, num_stages=STAGES):
+        in_C = n_C < N - n0
+        c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
+        state_PC = tl.load(state_ptr + n0 + tile_PC, mask=in_P[:, None] & in_C[None, :], other=0)
+        b_JC = tl.load(b_ptr_J[:, None] + (n0 + n_C)[None, :], mask=load_J[:, None] & in_C[None, :], other=0)
         if EAGER:
-            b_JN = tl.where(used_J[:, None], b_JN, 0)
-        score_JQ = _dot(b_JN, tl.trans(c_QN), score_JQ, PRECISION)
+            b_JC = tl.where(live_J[:, None], b_JC, 0)
+        far_QJ = _dot(c_QC, tl.trans(b_JC), far_QJ, PRECISION)
+        if WINDOW > 0:
+            b_WC = tl.load(b_ptr_W[:, None] + (n0 + n_C)[None, :], mask=live_W[:, None] & in_C[None, :], other=0)
+            near_QW = _dot(c_QC, tl.trans(b_WC), near_QW, PRECISION)
+        read_QP = _read(c_QC, state_PC, read_QP, PRECISION)
 
-    # decays
+    # far: decays by a product with ones, since a row decays by all that follow it up to e
+    seen_QJ = live_J[None, :] & (at_J[None, :] <= e_Q[:, None])
+    a_QJ = tl.where(seen_QJ, a_J[None, :], 0)
+    decay_QJ = tl.where(seen_QJ, tl.exp(_sum_after(a_QJ, BLOCK_J, PRECISION)), 0) * dt_J[None, :]
+    newest_QJ = live_J[None, :] & (at_J[None, :] == e_Q[:, None])
+    far_QJ = far_QJ * decay_QJ + tl.where(newest_QJ, D_Q[:, None], 0)
     if EAGER:
-        x_JP = tl.where(used_J[:, None], x_JP, 0)
-    dt_JS = tl.where(live_J[:, None], dt_JS, 0)
-    s_JS = tl.cumsum(dt_JS * A_S[None, :], 0)
-    if BLOCK_S == 1:
-        s_JQ = tl.broadcast_to(s_JS, (BLOCK_J, BLOCK_Q))
-        dt_JQ = tl.broadcast_to(dt_JS, (BLOCK_J, BLOCK_Q))
-    else:
-        each: tl.constexpr = BLOCK_K * BLOCK_T
-        s_JQ = tl.reshape(tl.broadcast_to(s_JS[:, :, None], (BLOCK_J, BLOCK_S, each)), (BLOCK_J, BLOCK_Q))
-        dt_JQ = tl.reshape(tl.broadcast_to(dt_JS[:, :, None], (BLOCK_J, BLOCK_S, each)), (BLOCK_J, BLOCK_Q))
-    e_Q = start + t_Q - WINDOW
-    newest_JQ = at_J[:, None] == e_Q[None, :]
-    s_e_Q = tl.sum(tl.where(newest_JQ, s_JQ, 0), 0)
-    far_JQ = live_J[:, None] & (at_J[:, None] <= e_Q[None, :])
-    decay_JQ = tl.exp(tl.where(far_JQ, s_e_Q[None, :] - s_JQ, float("-inf"))) * dt_JQ
-    D_Q = tl.load(D_ptr + h_Q, mask=in_Q, other=0)
-    weight_JQ = score_JQ * decay_JQ + tl.where(newest_JQ & live_J[:, None], D_Q[None, :], 0)
+        x_JP = tl.where(live_J[:, None], x_JP, 0)
+    far_QP = tl.where(c > 0, read_QP * tl.exp(tl.sum(a_QJ, 1))[:, None], 0)
+    far_QP = _dot(far_QJ.to(WEIGHT), x_JP.to(WEIGHT), far_QP, PRECISION)
+    out_QP = (m0 + t_Q)[:, None] * (H * P) + (h_Q * P)[:, None] + p_P[None, :]
+    out_mask = in_Q[:, None] & in_P[None, :]
+    tl.store(far_ptr + out_QP, far_QP, mask=out_mask)
 
-    x_PJ = tl.trans(x_JP.to(WEIGHT))
-    far_PQ = tl.where(c > 0, read_PQ * tl.exp(s_e_Q)[None, :], 0)
-    far_PQ = _dot(x_PJ, weight_JQ.to(WEIGHT), far_PQ, PRECISION)
-    out_PQ = (m0 + t_Q)[None, :] * (H * P) + (h_Q * P)[None, :] + p_P[:, None]
-    out_mask = in_P[:, None] & in_Q[None, :]
-    tl.store(far_ptr + out_PQ, far_PQ, mask=out_mask)
     if WINDOW > 0:
-        in_window_JQ = (at_J[:, None] > e_Q[None, :]) & (at_J[:, None] <= e_Q[None, :] + WINDOW)
-        in_window_JQ = in_window_JQ & (at_J >= 0)[:, None]
-        logit_JQ = tl.where(in_window_JQ, score_JQ * scale, float("-inf"))
-        logit_JQ = tl.exp(logit_JQ - tl.max(logit_JQ, 0)[None, :])
-        near_PQ = _dot(x_PJ, logit_JQ.to(WEIGHT), tl.zeros((BLOCK_P, BLOCK_Q), tl.float32), PRECISION)
-        near_PQ = near_PQ / tl.sum(logit_JQ, 0)[None, :]
-        tl.store(near_ptr + out_PQ, near_PQ, mask=out_mask)
+        new_QI = _dot(c_QN, tl.trans(b_IN), tl.zeros((BLOCK_Q, BLOCK_I), tl.float32), PRECISION)
+        in_window_QW = live_W[None, :] & (at_W[None, :] > e_Q[:, None])
+        in_window_QI = (i_I[None, :] <= t_Q[:, None]) & (i_I[None, :] > (t_Q - WINDOW)[:, None])
+        near_QW = tl.where(in_window_QW, near_QW * scale, float("-inf"))
+        new_QI = tl.where(in_window_QI, new_QI * scale, float("-inf"))
+        most_Q = tl.maximum(tl.max(near_QW, 1), tl.max(new_QI, 1))
+        near_QW = tl.exp(near_QW - most_Q[:, None])
+        new_QI = tl.exp(new_QI - most_Q[:, None])
+        near_QP = _dot(near_QW.to(WEIGHT), x_WP.to(WEIGHT), tl.zeros((BLOCK_Q, BLOCK_P), tl.float32), PRECISION)
+        near_QP = _dot(new_QI.to(WEIGHT), x_IP.to(WEIGHT), near_QP, PRECISION)
+        near_QP = near_QP / (tl.sum(near_QW, 1) + tl.sum(new_QI, 1))[:, None]
+        tl.store(near_ptr + out_QP, near_QP, mask=out_mask)
 
     # flush: rare, so it reads its operands again (from L2) rather than keep registers
     if end + STEP - c > W:
         to = end - REWIND - WINDOW
+        SUB_P: tl.constexpr = BLOCK_P if BLOCK_P < 32 else 32
+        SUBS: tl.constexpr = BLOCK_P // SUB_P
         gone_J = live_J & (at_J < to)
-        for i in tl.range(0, STATES, num_stages=1):
-            dt_J = tl.load(dt_ptr_J + i, mask=live_J, other=0)
-            s_J = tl.cumsum(dt_J * tl.load(A_ptr + s0 + i), 0)
-            s_to = tl.sum(tl.where(at_J == to - 1, s_J, 0), 0)
-            gain_J = tl.exp(tl.where(gone_J, s_to - s_J, float("-inf"))) * dt_J
-            keep = tl.exp(s_to)
-            xs_JP = tl.load(x_ptr_J[:, None] + p_P[None, :], mask=gone_J[:, None] & in_P[None, :], other=0)
-            gained_JP = xs_JP.to(tl.float32) * gain_J[:, None]
-            for n0 in tl.range(0, N, BLOCK_F, num_stages=1):
-                n_F = n0 + tl.arange(0, BLOCK_F)
-                in_PF = in_P[:, None] & (n_F < N)[None, :]
-                tile_PF = i * (P * N) + p_P[:, None] * N + n_F[None, :]
-                old_PF = tl.load(state_ptr + tile_PF, mask=in_PF, other=0).to(tl.float32)
-                new_PF = tl.where(c > 0, old_PF * keep, 0)
-                b_JF = tl.load(b_ptr_J[:, None] + n_F[None, :], mask=gone_J[:, None] & (n_F < N)[None, :], other=0)
-                if tl.bfloat16 == DTYPE:
-                    # x dt exp(..) as the sum of two bf16, so that the state gains fp32's leading 16 bits
-                    high_JP = gained_JP.to(tl.bfloat16)
-                    low_JP = (gained_JP - high_JP.to(tl.float32)).to(tl.bfloat16)
-                    new_PF = _dot(tl.trans(high_JP), b_JF, new_PF, PRECISION)
-                    new_PF = _dot(tl.trans(low_JP), b_JF, new_PF, PRECISION)
-                else:
-                    new_PF = tl.dot(
-                        tl.trans(gained_JP), b_JF.to(tl.float32), new_PF,
-                        input_precision="tf32x3" if PRECISION == "tf32" else PRECISION,
-                    )  # fmt: skip
-                if STOCHASTIC:
-                    # by position, slot and element: no two roundings of a state share their random bits
-                    rounded_PF = _stochastic_bf16(new_PF, seed + to, slot * (S * P * N) + s0 * (P * N) + tile_PF)
-                    tl.store(state_ptr + tile_PF, rounded_PF, mask=in_PF)
-                else:
-                    tl.store(state_ptr + tile_PF, new_PF, mask=in_PF)
+        step_J = tl.where(gone_J, dt_J, 0)
+        fade_J = tl.where(gone_J, a_J, 0)
+        later_J = tl.max(_sum_after(tl.broadcast_to(fade_J[None, :], (16, BLOCK_J)), BLOCK_J, PRECISION), 0)
+        gain_J = tl.exp(later_J) * step_J
+        keep = tl.exp(tl.sum(fade_J, 0))
+        for tile in tl.range(0, SUBS * ((N + BLOCK_F - 1) // BLOCK_F), num_stages=1):
+            p_V = p0 + tile % SUBS * SUB_P + tl.arange(0, SUB_P)
+            n_F = tile // SUBS * BLOCK_F + tl.arange(0, BLOCK_F)
+            tile_VF = p_V[:, None] * N + n_F[None, :]
+            in_VF = (p_V < P)[:, None] & (n_F < N)[None, :]
+            held_F = n_F < tl.where(c > 0, N, 0)
+            new_VF = tl.load(state_ptr + tile_VF, mask=(p_V < P)[:, None] & held_F[None, :], other=0).to(tl.float32)
+            gone_JV = tl.load(x_ptr_J[:, None] + p_V[None, :], mask=gone_J[:, None] & (p_V < P)[None, :], other=0)
+            gone_JF = tl.load(b_ptr_J[:, None] + n_F[None, :], mask=gone_J[:, None] & (n_F < N)[None, :], other=0)
+            gained_JV = gone_JV.to(tl.float32) * gain_J[:, None]
+            new_VF = new_VF * keep
+            if tl.bfloat16 == DTYPE:
+                # x dt exp(..) as the sum of two bf16, so that the state gains fp32's leading 16 bits
+                high_JV = gained_JV.to(tl.bfloat16)
+                low_JV = (gained_JV - high_JV.to(tl.float32)).to(tl.bfloat16)
+                new_VF = _dot(tl.trans(high_JV), gone_JF, new_VF, PRECISION)
+                new_VF = _dot(tl.trans(low_JV), gone_JF, new_VF, PRECISION)
+            else:
+                new_VF = tl.dot(tl.trans(gained_JV), gone_JF.to(tl.float32), new_VF, input_precision=EXACT)
+            if STOCHASTIC:
+                # by position, slot and element: no two roundings of a state share their random bits
+                rounded_VF = _stochastic_bf16(new_VF, seed + to, slot * (S * P * N) + s * (P * N) + tile_VF)
+                tl.store(state_ptr + tile_VF, rounded_VF, mask=in_VF)
+            else:
+                tl.store(state_ptr + tile_VF, new_VF, mask=in_VF)
         c = to
-    own_S = tl.arange(0, BLOCK_S)
     tile_T = tl.arange(0, BLOCK_P // 16)
     tl.store(
-        position_ptr + own_S[:, None] * TILES + tile_T[None, :],
-        tl.zeros((BLOCK_S, BLOCK_P // 16), tl.int32) + c,
-        mask=(own_S < STATES)[:, None] & (p0 // 16 + tile_T < TILES)[None, :],
+        position_ptr + tile_T,
+        tl.zeros((BLOCK_P // 16,), tl.int32) + c,
+        mask=p0 // 16 + tile_T < TILES,
     )
-
-    # new rows into the ring: x by the group's first program of each slice, B and dt by that of the first slice
-    t_T = tl.arange(0, BLOCK_T)
-    ring_T = (start + t_T) % W
-    first_T = tl.where(s0 % PER_GROUP == 0, T, 0)
-    in_TP = (t_T < first_T)[:, None] & in_P[None, :]
-    x_TP = tl.load(x_ptr + (m0 + t_T)[:, None] * x_stride + g * P + p_P[None, :], mask=in_TP)
-    tl.store(x_ring_ptr + ring_T[:, None] * (G * P) + p_P[None, :], x_TP, mask=in_TP)
-    if p0 == 0:
-        n_B = tl.arange(0, BLOCK_N)
-        in_TN = (t_T < first_T)[:, None] & (n_B < N)[None, :]
-        b_TN = tl.load(b_ptr + (m0 + t_T)[:, None] * b_stride + g * N + n_B[None, :], mask=in_TN)
-        tl.store(b_ring_ptr + ring_T[:, None] * (G * N) + n_B[None, :], b_TN, mask=in_TN)
-        in_TS = (t_T < T)[:, None] & (s_S < STATES)[None, :]
-        dt_TS = tl.load(dt_ptr + (m0 + t_T)[:, None] * dt_stride + s0 + s_S[None, :], mask=in_TS)
-        tl.store(dt_ring_ptr + ring_T[:, None] * S + s_S[None, :], dt_TS, mask=in_TS)
+    ring_I = (start + i_I) % W
+    first_I = i_I < tl.where(s % PER_GROUP == 0, T, 0)
+    whole_I = i_I < tl.where((s % PER_GROUP == 0) & (p0 == 0), T, 0)
+    tl.store(x_ring_ptr + ring_I[:, None] * (G * P) + p_P[None, :], x_IP, mask=first_I[:, None] & in_P[None, :])
+    tl.store(b_ring_ptr + ring_I[:, None] * (G * N) + n_N[None, :], b_IN, mask=whole_I[:, None] & in_N[None, :])
+    tl.store(dt_ring_ptr + ring_I * S, dt_I, mask=i_I < tl.where(p0 == 0, T, 0))
 
 
 @dataclass(frozen=True)
@@ -263,17 +266,36 @@ class VerifyLaunch:
     Args:
         block_p: rows of a state tile, a multiple of 16.
         block_c: columns of a state tile, read at once.
-        states: states of a group that one program walks.
-        warps, stages: of a program; stages is the depth of the walk's pipeline.
-        eager: load all ring rows without waiting for the checkpoint position (small batches).
+        warps, stages: of a program; stages is the depth of the pipeline over the state's columns.
+        registers: most of a thread, so that more programs fit a multiprocessor (NVIDIA only); None for no limit.
+        eager: load all far rows without waiting for the checkpoint position (small batches).
     """
 
     block_p: int = 64
     block_c: int = 64
-    states: int = 1
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
+    registers: int | None = None
     eager: bool = False
+
+
+def launch_case(layout: SlotLayout, max_tokens: int) -> str:
+    """The launch table's name of a step of so many tokens a row."""
+    queries = layout.query_heads // layout.state_heads * triton.next_power_of_2(max_tokens)
+    far = triton.next_power_of_2(layout.ring - layout.window)
+    return case_of(queries, (layout.head_dim, layout.state_size), layout.window, far)
+
+
+def launch_of(layout: SlotLayout, rows: int, max_tokens: int, x: Tensor) -> VerifyLaunch:
+    """The launch of a step on so many rows: from the table of x's GPU, else by how much work there is."""
+    states = rows * layout.state_heads
+    if x.element_size() == 2:
+        found = tuned(x.device, launch_case(layout, max_tokens), states)
+        if found is not None:
+            return VerifyLaunch(**found)
+    if states <= 256:
+        return VerifyLaunch(block_p=32, block_c=128 if x.element_size() == 2 else 32, stages=1, eager=True)
+    return VerifyLaunch()
 
 
 def verify(
@@ -334,15 +356,14 @@ def verify(
     far_MHP = C_MHN.new_empty(*C_MHN.shape[:2], P) if far_MHP is None else far_MHP
     if layout.window and near_MHP is None:
         near_MHP = torch.empty_like(far_MHP)
-    launch = launch or launch_of(VerifyLaunch, x_MGP.device, layout, R, max_tokens)
-    per_group = S // G
-    states = min(launch.states, per_group)
-    while per_group % states:
-        states -= 1
+    launch = launch or launch_of(layout, R, max_tokens, x_MGP)
     block_p = min(launch.block_p, triton.next_power_of_2(P))
-    block_k, block_s = triton.next_power_of_2(H // S), triton.next_power_of_2(states)
-    block_t = max(triton.next_power_of_2(max_tokens), 16 // (block_k * block_s))
-    _verify[(S // states * triton.cdiv(P, block_p), R)](
+    block_c = min(launch.block_c, triton.next_power_of_2(N))
+    block_k = triton.next_power_of_2(H // S)
+    block_t = max(triton.next_power_of_2(max_tokens), 16 // block_k)
+    # products of 64 rows on four warps are wgmma, which Triton 3.6 gets wrong for narrow operands (docs/kernels.md)
+    warps = launch.warps if block_k * block_t < 64 else min(launch.warps, 2)
+    _verify[(S * triton.cdiv(P, block_p), R)](
         slots.state, slots.position, slots.x, slots.b, slots.dt,
         slots.state.stride(0), slots.position.stride(0), slots.x.stride(0), slots.b.stride(0), slots.dt.stride(0),
         slot_R, start_R, first_R1,
@@ -350,11 +371,10 @@ def verify(
         A_S, D_H, far_MHP if near_MHP is None else near_MHP, far_MHP, N**-0.5, seed or 0,
         G=G, S=S, H=H, P=P, N=N, W=layout.ring, WINDOW=layout.window, STEP=layout.step, REWIND=layout.rewind,
         BLOCK_P=block_p, BLOCK_N=max(triton.next_power_of_2(N), 16),
-        BLOCK_J=max(triton.next_power_of_2(layout.ring), 16),
-        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_S=block_s, STATES=states,
-        BLOCK_C=min(launch.block_c, triton.next_power_of_2(N)), BLOCK_F=min(64, triton.next_power_of_2(N)),
-        EAGER=launch.eager, STOCHASTIC=seed is not None,
-        PRECISION=precision(x_MGP), STAGES=launch.stages,
-        num_warps=launch.warps,
+        BLOCK_J=max(triton.next_power_of_2(layout.ring - layout.window), 16),
+        BLOCK_W=max(triton.next_power_of_2(layout.window), 16),
+        BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_C=block_c, BLOCK_F=min(128, triton.next_power_of_2(N)),
+        EAGER=launch.eager, STOCHASTIC=seed is not None, PRECISION=precision(x_MGP), STAGES=launch.stages,
+        num_warps=warps, **({"maxnreg": launch.registers} if launch.registers and warps == launch.warps else {}),
     )  # fmt: skip
     return near_MHP if layout.window else None, far_MHP

@@ -58,7 +58,7 @@ def fuzz(seed: int, steps: int, prompts: list[int]) -> None:
     )
     kw = {
         "chunk": rng.choice([16, 32, 64]),
-        "near": NearLaunch(block_q=rng.choice([16, 64]), block_j=rng.choice([16, 64]), stages=1),
+        "near": NearLaunch(*rng.choice([(16, 16), (16, 64), (64, 32), (64, 64)]), stages=1),
         "walk": StatesLaunch(block_p=rng.choice([32, 64]), block_n=rng.choice([32, 64]), block_j=rng.choice([16, 64])),
         "launch": OutputsLaunch(block_p=rng.choice([32, 64]), block_j=rng.choice([16, 32]), stages=1),
         "index": rng.choice([torch.int32, torch.int64]),
@@ -84,7 +84,9 @@ def fuzz(seed: int, steps: int, prompts: list[int]) -> None:
         starts, lengths = [running[slot].position for slot in rows], [plan[slot][0] for slot in rows]
         x, dt, B, C = to(DEVICE, *parts)
         wanted = SlotTensors(**{name: t.clone() for name, t in vars(slots).items() if t is not None})
-        want = replay(wanted, layout, rows, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE))
+        want = replay(
+            wanted, layout, rows, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE), backend="reference"
+        )
         if long:
             got = run_prefill(slots, layout, rows, starts, lengths, parts, A, D, **kw)
             for g, e in zip(got, want, strict=True):
@@ -207,3 +209,16 @@ def test_what_it_cannot_serve_is_one_clear_error():
         prefill(*rows, [3], x, dt, one, BC.double(), BC, one)
     near, far = prefill(*rows, [0], x, dt, one, BC, BC, one)
     assert near is None and far.shape == (3, 1, 32)
+
+
+def test_a_launch_that_the_compiler_gets_wrong_is_refused():
+    from mamba_hybrid_kernels.prefill import NearLaunch, prefill
+
+    layout = SlotLayout(1, 1, 1, 16, 16, 4)
+    x, dt, one = torch.zeros(3, 1, 16), torch.zeros(3, 1), torch.zeros(1)
+    index = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="block_j of at least 32, not 16"):
+        prefill(
+            SlotTensors.allocate(layout, 1), layout, index[:1], index[:1], index, [3], x, dt, one, x, x, one,
+            near=NearLaunch(block_q=64, block_j=16),
+        )  # fmt: skip

@@ -69,8 +69,8 @@ def fuzz(seed: int, steps: int, **shape) -> None:
     from mamba_hybrid_kernels.verify import VerifyLaunch
 
     launch = VerifyLaunch(
-        block_p=rng.choice([16, 32, 128]), block_c=rng.choice([32, 128]), states=rng.choice([1, 2, 4]),
-        eager=rng.random() < 0.5, warps=4,
+        block_p=rng.choice([16, 32, 128]), block_c=rng.choice([32, 128]),
+        eager=rng.random() < 0.5, warps=rng.choice([2, 4, 8]), stages=rng.choice([1, 2, 3]),
     )  # fmt: skip
     slots, free, running = strided(move(poisoned(layout, 4), DEVICE), 48), list(range(4)), {}
     A, D = -torch.rand(layout.state_heads) * 0.3, torch.randn(layout.query_heads)
@@ -93,7 +93,9 @@ def fuzz(seed: int, steps: int, **shape) -> None:
                 near, far = run_verify(slots, layout, part, starts, lengths, parts, A, D, launch=launch)
             else:
                 x, dt, B, C = to(DEVICE, *parts)
-                near, far = replay(slots, layout, part, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE))
+                near, far = replay(
+                    slots, layout, part, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE), backend="reference"
+                )
             at = 0
             for slot in part:
                 tokens, accepted = plan[slot]
@@ -190,6 +192,34 @@ def test_a_state_rounded_at_random_is_right_on_average():
     assert torch.equal(again, runs[3])
     assert not torch.equal(runs[0], runs[1])
     assert error(torch.stack(runs).mean(0), exact.state[0].double()) < error(nearest, exact.state[0].double())
+
+
+def test_replay_launches_verify_for_short_rows_and_prefill_for_long_ones():
+    torch.manual_seed(0)
+    layout = layout_of(2, 1, 2, 32, 32, 16, 3, 0)
+    slots = strided(move(poisoned(layout, 3), DEVICE), 48)
+    want = SlotTensors(**{name: t.clone() for name, t in vars(slots).items() if t is not None})
+    A, D = -torch.rand(2, device=DEVICE), torch.randn(4, device=DEVICE)
+    starts = [0, 0]
+    for lengths in ([40, 2], [3, 70], [4, 1], [25, 30], [2, 4]):
+        M = sum(lengths)
+        x, B = torch.randn(M, 2, 64, device=DEVICE).split(32, 2)
+        parts = [
+            x.contiguous(),
+            torch.rand(M, 2, device=DEVICE),
+            A,
+            B.contiguous(),
+            torch.randn(M, 4, 32, device=DEVICE),
+            D,
+        ]
+        got = replay(slots, layout, [2, 0], starts, lengths, *parts, backend="triton")
+        expected = replay(want, layout, [2, 0], starts, lengths, *parts, backend="reference")
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+        assert torch.equal(slots.position[[0, 2]], want.position[[0, 2]])
+        starts = [start + T for start, T in zip(starts, lengths, strict=True)]
+    with pytest.raises(ValueError, match="nonsense"):
+        replay(slots, layout, [2, 0], starts, lengths, *parts, backend="nonsense")
 
 
 def test_what_it_cannot_serve_is_one_clear_error():
