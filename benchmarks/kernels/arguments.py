@@ -24,6 +24,18 @@ def numbers(most: int) -> Callable[[str], tuple[int, ...]]:
     return parse
 
 
+def names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of some of the known names between commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        for part in text.split(","):
+            if part not in known:
+                raise argparse.ArgumentTypeError(f"{part!r} is none of {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return parse
+
+
 def seconds(text: str) -> float:
     """A parser of a time above 0."""
     try:

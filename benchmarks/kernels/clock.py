@@ -23,6 +23,7 @@ class Captured:
 
     def __init__(self, calls: list[Callable[[], object]], reset: Callable[[], object] | None = None) -> None:
         self.count, self.reset = len(calls), reset
+        self.calls = calls  # a graph does not keep alive what it reads
         calls[0]()  # compile
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,7 +1,8 @@
 """Time prefill against vLLM, and training against mamba-ssm and fla, of one mixer layer at the shapes of an 8B.
 
-    python benchmarks/kernels/sequence.py --warm
-    python benchmarks/kernels/sequence.py --out sequence.csv [--lengths 2048,8192,32768] [--limit SECONDS]
+    python benchmarks/kernels/sequence.py --warm [--peers vllm,mamba-ssm,fla]
+    python benchmarks/kernels/sequence.py --out sequence.csv [--lengths 2048,8192,32768] [--tasks prefill,training]
+                                          [--peers vllm,mamba-ssm,fla] [--limit SECONDS]
 
 Needs one NVIDIA GPU and this project; peers that are installed take part, the others are named and their figures stay
 empty:  pip install vllm==0.32.0 mamba-ssm==2.3.1 flash-linear-attention==0.6.0
@@ -29,7 +30,7 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # before Triton is import
 import prompts
 import torch
 import training
-from arguments import new_file, numbers, seconds
+from arguments import names, new_file, numbers, seconds
 from claims import Claim
 from clock import Captured, Launched, median
 from gate import verdict
@@ -195,10 +196,10 @@ def compare(rows: list[SequenceRow], peer: str) -> None:
             row.memory_to_peer = row.peak_mib / memory
 
 
-def claims() -> list[Claim]:
-    """What the project must show. vLLM's prefill is given x and B repeated, mamba-ssm repeats them itself."""
+def claims(tasks: tuple[str, ...]) -> list[Claim]:
+    """What the project must show in these tasks. vLLM's prefill is given x and B repeated, mamba-ssm repeats them."""
     found = []
-    for kind in prompts.OURS:
+    for kind in prompts.OURS if "prefill" in tasks else ():
         found.append(
             Claim(
                 f"prefill, {kind.name}: >= 1.5x vLLM on inputs repeated beforehand",
@@ -207,7 +208,7 @@ def claims() -> list[Claim]:
                 least=1.5,
             )
         )
-    for trainer in training.OURS:
+    for trainer in training.OURS if "training" in tasks else ():
 
         def about(row: SequenceRow, trainer: training.Trainer = trainer) -> bool:
             return (row.task, row.contender) == ("training", trainer.name)
@@ -293,24 +294,25 @@ def table(rows: list[SequenceRow]) -> list[str]:
     return lines
 
 
-def benchmark(out: Path, lengths: tuple[int, ...], limit: float) -> int:
+def benchmark(out: Path, lengths: tuple[int, ...], tasks: tuple[str, ...], limit: float) -> int:
     """The whole run; its exit status."""
     gpu = torch.cuda.get_device_name()
-    tasks = [("training", i) for i in range(len(training.OURS))] + [("prefill", i) for i in range(len(prompts.OURS))]
-    compile_all(compile_one, tasks, "the kernels")
+    ours = {"prefill": prompts.OURS, "training": training.OURS}
+    compile_all(compile_one, [(task, i) for task in tasks for i in range(len(ours[task]))], "the kernels")
     print(f"{gpu}, torch {torch.__version__}", flush=True)
     torch.manual_seed(0)
     results, share = Results(out, SequenceRow), limit / (len(lengths) + 1)
-    right, wrong = right_prefillers()
-    for length in lengths:
+    right, wrong = right_prefillers() if "prefill" in tasks else ([], [])
+    for length in lengths if "prefill" in tasks else ():
         rows = prefill_rows(length, right, share)
         rows += [failed(SequenceRow("prefill", 1, length, kind.name, kind.how), problem) for kind, problem in wrong]
         add(results, rows, "vllm", gpu)
-    trainers, rows = right_trainers()
-    add(results, training_rows(trainers, share) + rows, training.MambaTrainer.name, gpu)
+    if "training" in tasks:
+        trainers, rows = right_trainers()
+        add(results, training_rows(trainers, share) + rows, training.MambaTrainer.name, gpu)
     results.finish()
     print("\n".join(table(results.rows)))
-    for claim in claims():
+    for claim in claims(tasks):
         print(claim.judge(results.rows, lambda row: f"{row.sequences} x {row.length} tokens"))
     bad = [row for row in results.rows if row.status in ("wrong", "error")]
     if bad:
@@ -332,15 +334,19 @@ def main() -> int:
     parser.add_argument("--out", type=new_file, help="CSV to write")
     parser.add_argument("--lengths", type=numbers(MOST_LENGTH), default=LENGTHS, help="tokens of the prompts")
     parser.add_argument("--limit", type=seconds, default=SECONDS, help="seconds of replays, all cases together")
+    parser.add_argument("--tasks", type=names(("prefill", "training")), default=("prefill", "training"))
+    parser.add_argument("--peers", type=names(("vllm", "mamba-ssm", "fla")), default=("vllm", "mamba-ssm", "fla"))
     parser.add_argument("--warm", action="store_true", help="only run each peer once")
     args = parser.parse_args()
+    for module in (prompts, training):
+        module.PEERS = [peer for peer in module.PEERS if peer.name in args.peers]
     if not args.warm and args.out is None:
         parser.error("--out is needed, unless with --warm")
     if not torch.cuda.is_available():
         parser.error("this benchmark needs an NVIDIA GPU, torch finds none")
     if args.warm:
         return 0 if warm() else 1
-    return benchmark(args.out, args.lengths, args.limit)
+    return benchmark(args.out, args.lengths, args.tasks, args.limit)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,18 @@ BATCHES = (1, 8, 32, 64, 256)
 CASES = [(S, w, T) for S in (32, 8) for w in (0, 64) for T in (1, 4, 8, 16)]
 SMALL = [
     VerifyLaunch(block_p=32, block_c=128, stages=1, eager=True),
-    VerifyLaunch(block_p=32, block_c=64),
     VerifyLaunch(block_p=16, block_c=128, stages=1, eager=True),
+    VerifyLaunch(block_p=64, block_c=128, stages=1, eager=True),
+    VerifyLaunch(block_p=32, block_c=64),
+]
+MEDIUM = [
+    VerifyLaunch(block_p=32, block_c=128, stages=1, registers=128),
+    VerifyLaunch(block_p=32, block_c=128, stages=1, registers=128, eager=True),
 ]
 LARGE = [
+    VerifyLaunch(block_p=64, block_c=128, stages=1, registers=168),
     VerifyLaunch(block_p=64, block_c=64, registers=128),
     VerifyLaunch(block_p=64, block_c=64),
-    VerifyLaunch(block_p=64, block_c=32, stages=3, registers=128),
     VerifyLaunch(block_p=128, block_c=32, stages=3),
     VerifyLaunch(block_p=128, block_c=32, registers=128),
     VerifyLaunch(block_p=128, block_c=64, registers=168),
@@ -42,13 +47,13 @@ def candidates(states: int) -> list[VerifyLaunch]:
     """Launches worth a try for a batch of so many states."""
     if states <= 64:
         return SMALL
-    return SMALL[:2] + LARGE if states <= 512 else LARGE
+    return SMALL[:1] + MEDIUM + LARGE if states <= 1024 else MEDIUM[:1] + LARGE
 
 
 class Tuned(Ours):
     """The verify kernel with a given launch; `ways` maps a launch's text to it."""
 
-    ways = {repr(launch): launch for launch in SMALL + LARGE}
+    ways = {repr(launch): launch for launch in SMALL + MEDIUM + LARGE}
 
     def call(self, i: int, way: str) -> None:
         verify(
@@ -74,6 +79,15 @@ def check(task: tuple) -> str | None:
     except Wrong as problem:
         return f"{task} is WRONG: {problem}"
     return None
+
+
+def text_of(table: dict[str, list[list]]) -> str:
+    """The table as JSON, a launch a line."""
+    cases = [
+        f" {json.dumps(case)}: [\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]"
+        for case, rows in table.items()
+    ]
+    return "{\n" + ",\n".join(cases) + "\n}\n"
 
 
 CHECKED_BATCH = 12
@@ -108,7 +122,7 @@ def main() -> None:
         rows[-1][0] = None
         table[launch_case(of(S, w)(1, T).step.layout, T)] = rows
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(table, indent=1) + "\n")
+    args.out.write_text(text_of(table))
     print(f"{args.out}: {len(table)} cases (rings {RINGS}) in {time.perf_counter() - began:.0f} s")
 
 

@@ -393,7 +393,7 @@ def states_launch(x: Tensor, states: int) -> StatesLaunch:
     """The walk's defaults for activations like x and so many states, of which few ask for small tiles."""
     if x.element_size() > 2:
         return StatesLaunch(block_j=32, stages=2)
-    return StatesLaunch(block_n=32 if states < 32 else 64)
+    return StatesLaunch(block_p=32 if states < 32 else 64)
 
 
 def outputs_launch(x: Tensor, width: int) -> OutputsLaunch:

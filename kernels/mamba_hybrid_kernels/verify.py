@@ -41,11 +41,11 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _read(c_QN, state_PN, acc_QP, PRECISION: tl.constexpr):
+def _read(c_QN, state_NP, acc_QP, PRECISION: tl.constexpr):
     """acc + C S^T, for a state of another type in fp32."""
-    if state_PN.dtype == c_QN.dtype:
-        return _dot(c_QN, tl.trans(state_PN), acc_QP, PRECISION)
-    return _dot(c_QN.to(tl.float32), tl.trans(state_PN.to(tl.float32)), acc_QP, PRECISION)
+    if state_NP.dtype == c_QN.dtype:
+        return _dot(c_QN, state_NP, acc_QP, PRECISION)
+    return _dot(c_QN.to(tl.float32), state_NP.to(tl.float32), acc_QP, PRECISION)
 
 
 @triton.jit
@@ -133,9 +133,8 @@ def _verify(
     i_I = tl.arange(0, BLOCK_I)
     x_IP = tl.load(x_ptr + i_I[:, None] * x_stride + p_P[None, :], mask=(i_I < T)[:, None] & in_P[None, :], other=0)
     dt_I = tl.load(dt_ptr + i_I * dt_stride, mask=i_I < T)
-    b_IN = tl.load(b_ptr + i_I[:, None] * b_stride + n_N[None, :], mask=(i_I < T)[:, None] & in_N[None, :], other=0)
     if WINDOW > 0:
-        c_QN = tl.load(c_ptr_Q[:, None] + n_N[None, :], mask=in_Q[:, None] & in_N[None, :], other=0)
+        b_ptr_I = b_ptr + i_I * b_stride
         w_W = tl.arange(0, BLOCK_W)
         at_W = start - WINDOW + w_W
         live_W = (at_W >= 0) & (w_W < WINDOW)
@@ -162,23 +161,28 @@ def _verify(
     dt_J = tl.where(live_J, tl.load(dt_ptr_J, mask=load_J, other=0), 0)
     a_J = dt_J * tl.load(A_ptr + s)
 
-    # one pass over N: what the state says, and the scores of far rows and window
+    # one pass over N: what the state says, and the scores of far rows and window. Loaded with N first: a transposed
+    # operand is converted where it is loaded, and what is loaded after it then waits for it
     read_QP = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
     far_QJ = tl.zeros((BLOCK_Q, BLOCK_J), tl.float32)
     near_QW = tl.zeros((BLOCK_Q, BLOCK_W), tl.float32)
-    tile_PC = p_P[:, None] * N + n_C[None, :]
+    new_QI = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
+    tile_CP = n_C[:, None] + p_P[None, :] * N
     for n0 in tl.range(0, N, BLOCK_C, num_stages=STAGES):
         in_C = n_C < N - n0
-        c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
-        state_PC = tl.load(state_ptr + n0 + tile_PC, mask=in_P[:, None] & in_C[None, :], other=0)
-        b_JC = tl.load(b_ptr_J[:, None] + (n0 + n_C)[None, :], mask=load_J[:, None] & in_C[None, :], other=0)
-        if EAGER:
-            b_JC = tl.where(live_J[:, None], b_JC, 0)
-        far_QJ = _dot(c_QC, tl.trans(b_JC), far_QJ, PRECISION)
+        b_CJ = tl.load(b_ptr_J[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & load_J[None, :], other=0)
         if WINDOW > 0:
-            b_WC = tl.load(b_ptr_W[:, None] + (n0 + n_C)[None, :], mask=live_W[:, None] & in_C[None, :], other=0)
-            near_QW = _dot(c_QC, tl.trans(b_WC), near_QW, PRECISION)
-        read_QP = _read(c_QC, state_PC, read_QP, PRECISION)
+            b_CW = tl.load(b_ptr_W[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & live_W[None, :], other=0)
+            b_CI = tl.load(b_ptr_I[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & (i_I < T)[None, :], other=0)
+        state_CP = tl.load(state_ptr + n0 + tile_CP, mask=in_C[:, None] & in_P[None, :], other=0)
+        c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
+        if EAGER:
+            b_CJ = tl.where(live_J[None, :], b_CJ, 0)
+        far_QJ = _dot(c_QC, b_CJ, far_QJ, PRECISION)
+        if WINDOW > 0:
+            near_QW = _dot(c_QC, b_CW, near_QW, PRECISION)
+            new_QI = _dot(c_QC, b_CI, new_QI, PRECISION)
+        read_QP = _read(c_QC, state_CP, read_QP, PRECISION)
 
     # far: decays by a product with ones, since a row decays by all that follow it up to e
     seen_QJ = live_J[None, :] & (at_J[None, :] <= e_Q[:, None])
@@ -195,7 +199,6 @@ def _verify(
     tl.store(far_ptr + out_QP, far_QP, mask=out_mask)
 
     if WINDOW > 0:
-        new_QI = _dot(c_QN, tl.trans(b_IN), tl.zeros((BLOCK_Q, BLOCK_I), tl.float32), PRECISION)
         in_window_QW = live_W[None, :] & (at_W[None, :] > e_Q[:, None])
         in_window_QI = (i_I[None, :] <= t_Q[:, None]) & (i_I[None, :] > (t_Q - WINDOW)[:, None])
         near_QW = tl.where(in_window_QW, near_QW * scale, float("-inf"))
@@ -255,7 +258,9 @@ def _verify(
     first_I = i_I < tl.where(s % PER_GROUP == 0, T, 0)
     whole_I = i_I < tl.where((s % PER_GROUP == 0) & (p0 == 0), T, 0)
     tl.store(x_ring_ptr + ring_I[:, None] * (G * P) + p_P[None, :], x_IP, mask=first_I[:, None] & in_P[None, :])
-    tl.store(b_ring_ptr + ring_I[:, None] * (G * N) + n_N[None, :], b_IN, mask=whole_I[:, None] & in_N[None, :])
+    in_IN = whole_I[:, None] & in_N[None, :]
+    b_IN = tl.load(b_ptr + i_I[:, None] * b_stride + n_N[None, :], mask=in_IN)
+    tl.store(b_ring_ptr + ring_I[:, None] * (G * N) + n_N[None, :], b_IN, mask=in_IN)
     tl.store(dt_ring_ptr + ring_I * S, dt_I, mask=i_I < tl.where(p0 == 0, T, 0))
 
 
