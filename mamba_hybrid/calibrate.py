@@ -88,8 +88,7 @@ def calibrate_mixer(
         nn, nt = near.pow(2).sum(sums), (near * t).sum(sums)
     for half_life in half_lives:
         core.A_log.fill_(math.log(math.log(2) / half_life))  # dt is 1
-        far = core.far(x, b, c, dt, None)
-        far = core.norm(far) if core.config.norm == "after_gate" else far
+        far = core.norm(core.far(x, b, c, dt, None))
         ff, ft = far.pow(2).sum(sums), (far * t).sum(sums)
         if near is None:
             n_H, f_H = torch.zeros_like(ff), ft / ff

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from mamba_hybrid_kernels import (
     SlotLayout,
     SlotTensors,
+    head_norm,
+    readout,
     replay,
     short_conv,
     short_conv_step,
@@ -121,29 +123,20 @@ class MixerCore(nn.Module):
         return window_attention(c, b, x, self.config.window, doc_BL=doc_BL) if self.config.window else None
 
     def far(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None) -> Tensor:
-        """The SSD on what has left the window (B, L, H, P); normed, in fp32, unless the norm comes after the gate."""
-        far, _ = ssd(x, self.step_size(dt), self.A_S, b, c, self.D, delay=self.config.window, doc_BL=doc_BL)
-        return self.norm(far) if self.config.norm == "before_gate" else far
+        """The SSD on what has left the window (B, L, H, P), not normed."""
+        return ssd(x, self.step_size(dt), self.A_S, b, c, self.D, delay=self.config.window, doc_BL=doc_BL)[0]
 
     def norm(self, y: Tensor) -> Tensor:
         """RMSNorm per head, fp32, without its weight."""
-        y = y.float()
-        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return head_norm(y, self.config.rms_norm_eps)
 
     def readout(self, near: Tensor | None, far: Tensor, z: Tensor | None) -> Tensor:
         """(..., H P) for o_proj, in z's dtype (fp32 without a gate)."""
-        gate: Tensor | float = 1.0
-        if z is not None:
-            gate = F.silu(z.float()) if self.config.gate == "silu" else 2 * torch.sigmoid(z.float())
-        far_weight = self.far_weight.float().flatten()
-        if self.config.norm == "after_gate":
-            out = self.norm((far.flatten(-2) * gate).view_as(far)).flatten(-2) * far_weight
-        else:
-            out = far.flatten(-2) * far_weight
-            if near is not None:
-                out = out + near.float().flatten(-2) * self.near_weight.float().flatten()
-            out = out * gate
-        return out if z is None else out.to(z.dtype)
+        c = self.config
+        near_weight = self.near_weight if c.window else None
+        return readout(
+            near, far, z, near_weight, self.far_weight, gate=c.gate, norm=c.norm, eps=c.rms_norm_eps
+        )  # fmt: skip
 
     def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None) -> Tensor:
         """Whole sequences.
@@ -191,8 +184,6 @@ class MixerCore(nn.Module):
         x, b, c = self.split(q, k, v, conv)
         c, b = self.rotate(c, b, cos, sin)
         near, far = replay(slots, layout, slot_ids, starts, lengths, x, self.step_size(dt), self.A_S, b, c, self.D)
-        if self.config.norm == "before_gate":
-            far = self.norm(far)
         return self.readout(near, far, z).to(q.dtype)
 
 

@@ -2,10 +2,12 @@
 
 - `ssd`: the state-space recurrence over whole sequences (training, scoring).
 - `window`: softmax attention over the last `window` tokens.
+- `readout`: norm, weights and gate after window and state.
 - `slot` and `replay`: what one sequence keeps between steps, and the step that continues from it.
 """
 
 from .conv import short_conv, short_conv_step
+from .readout import head_norm, readout
 from .replay import replay
 from .slot import SlotLayout, SlotTensors
 from .ssd import delay, ssd
@@ -15,6 +17,8 @@ __all__ = [
     "SlotLayout",
     "SlotTensors",
     "delay",
+    "head_norm",
+    "readout",
     "replay",
     "short_conv",
     "short_conv_step",

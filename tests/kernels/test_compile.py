@@ -123,3 +123,13 @@ def test_prefill_and_training_compile(compiled):
     ssd_backward(y, last, x, dt, A, B, C, D, enter, delay=64)
     assert len(compiled) == 4 + 2 + 6
     assert all(kernel.metadata.shared <= 227 << 10 for kernel in compiled)
+
+
+def test_readout_compiles(compiled):
+    from mamba_hybrid_kernels import readout
+
+    near, z = torch.zeros(2, 4, 96, dtype=torch.bfloat16), torch.zeros(2, 384, dtype=torch.bfloat16)
+    weight = torch.ones(4, 96)
+    readout(near, near.float(), z, weight, weight, backend="triton")
+    readout(None, near.float(), z, None, weight, gate="silu", norm="after_gate", backend="triton")
+    assert len(compiled) == 2
