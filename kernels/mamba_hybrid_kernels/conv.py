@@ -40,14 +40,32 @@ def short_conv_step(
     raw_MC: Tensor,
     weight_CK: Tensor,
     bias_C: Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """`short_conv` of a ragged step; the inputs before it come from the slots' ring, which takes up the new ones.
 
-    Args and the order of tokens as in `replay.replay`.
+    Args and the order of tokens as in `replay.replay`; `conv_step.conv_step` is the same with rows on the device.
+
+    Raises:
+        ValueError: an unknown backend.
     """
+    assert slots.conv is not None, "the layout has no short convolution"
+    backend = backend or ("triton" if raw_MC.is_cuda else "reference")
+    if backend == "triton":
+        from .conv_step import conv_step  # Triton is needed to run, not to import
+
+        first = [0]
+        for T in lengths:
+            first.append(first[-1] + T)
+        slot_R, start_R, first_R1 = (
+            torch.tensor(t, dtype=torch.int32, device=raw_MC.device) for t in (slot_ids, starts, first)
+        )
+        return conv_step(slots, layout, slot_R, start_R, first_R1, raw_MC, weight_CK, bias_C)
+    if backend != "reference":
+        raise ValueError(f"backend {backend!r} is none of 'reference', 'triton'")
     reach, ring, at = layout.conv - 1, layout.conv_ring, 0
     out = torch.empty_like(raw_MC)
-    assert slots.conv is not None, "the layout has no short convolution"
     for slot, p, T in zip(slot_ids, starts, lengths, strict=True):
         new = raw_MC[at : at + T]
         past = torch.arange(p - reach, p, device=new.device)

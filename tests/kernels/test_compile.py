@@ -133,3 +133,12 @@ def test_readout_compiles(compiled):
     readout(near, near.float(), z, weight, weight, backend="triton")
     readout(None, near.float(), z, None, weight, gate="silu", norm="after_gate", backend="triton")
     assert len(compiled) == 2
+
+
+def test_convolution_compiles(compiled):
+    from mamba_hybrid_kernels import short_conv_step
+
+    layout = SlotLayout(2, 2, 8, 64, 64, 64, conv=4, dtype=torch.bfloat16, step=4, rewind=4)
+    raw, weight = torch.zeros(9, layout.channels, dtype=torch.bfloat16), torch.zeros(layout.channels, 4)
+    short_conv_step(SlotTensors.allocate(layout, 1), layout, [0], [0], [9], raw, weight, weight[:, 0], backend="triton")
+    assert len(compiled) == 1
