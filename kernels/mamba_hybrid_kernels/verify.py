@@ -119,16 +119,6 @@ def _verify(
     dt_ring_ptr += slot * dt_ring_stride + s
     c = tl.load(position_ptr)
 
-    # queries: Q = (head of the state, token)
-    q_Q = tl.arange(0, BLOCK_Q)
-    k_Q = q_Q // BLOCK_T
-    t_Q = q_Q % BLOCK_T
-    h_Q = s * K + k_Q
-    in_Q = (k_Q < K) & (t_Q < T)
-    c_ptr_Q = c_ptr + (m0 + t_Q) * c_stride + h_Q * N
-    D_Q = tl.load(D_ptr + h_Q, mask=in_Q, other=0)
-    e_Q = start + t_Q - WINDOW
-
     # new rows, which go into the ring at the end: x by the group's first program of each slice, B by that of the first
     i_I = tl.arange(0, BLOCK_I)
     x_IP = tl.load(x_ptr + i_I[:, None] * x_stride + p_P[None, :], mask=(i_I < T)[:, None] & in_P[None, :], other=0)
@@ -161,55 +151,65 @@ def _verify(
     dt_J = tl.where(live_J, tl.load(dt_ptr_J, mask=load_J, other=0), 0)
     a_J = dt_J * tl.load(A_ptr + s)
 
-    # one pass over N: what the state says, and the scores of far rows and window. Loaded with N first: a transposed
-    # operand is converted where it is loaded, and what is loaded after it then waits for it
-    read_QP = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-    far_QJ = tl.zeros((BLOCK_Q, BLOCK_J), tl.float32)
-    near_QW = tl.zeros((BLOCK_Q, BLOCK_W), tl.float32)
-    new_QI = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
+    # queries: Q = (head of the state, token), some heads at a time
+    q_Q = tl.arange(0, BLOCK_Q)
+    t_Q = q_Q % BLOCK_T
+    e_Q = start + t_Q - WINDOW
     tile_CP = n_C[:, None] + p_P[None, :] * N
-    for n0 in tl.range(0, N, BLOCK_C, num_stages=STAGES):
-        in_C = n_C < N - n0
-        b_CJ = tl.load(b_ptr_J[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & load_J[None, :], other=0)
-        if WINDOW > 0:
-            b_CW = tl.load(b_ptr_W[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & live_W[None, :], other=0)
-            b_CI = tl.load(b_ptr_I[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & (i_I < T)[None, :], other=0)
-        state_CP = tl.load(state_ptr + n0 + tile_CP, mask=in_C[:, None] & in_P[None, :], other=0)
-        c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
-        if EAGER:
-            b_CJ = tl.where(live_J[None, :], b_CJ, 0)
-        far_QJ = _dot(c_QC, b_CJ, far_QJ, PRECISION)
-        if WINDOW > 0:
-            near_QW = _dot(c_QC, b_CW, near_QW, PRECISION)
-            new_QI = _dot(c_QC, b_CI, new_QI, PRECISION)
-        read_QP = _read(c_QC, state_CP, read_QP, PRECISION)
+    for k0 in tl.static_range(0, K, BLOCK_K):
+        k_Q = k0 + q_Q // BLOCK_T
+        h_Q = s * K + k_Q
+        in_Q = (k_Q < K) & (t_Q < T)
+        c_ptr_Q = c_ptr + (m0 + t_Q) * c_stride + h_Q * N
+        D_Q = tl.load(D_ptr + h_Q, mask=in_Q, other=0)
 
-    # far: decays by a product with ones, since a row decays by all that follow it up to e
-    seen_QJ = live_J[None, :] & (at_J[None, :] <= e_Q[:, None])
-    a_QJ = tl.where(seen_QJ, a_J[None, :], 0)
-    decay_QJ = tl.where(seen_QJ, tl.exp(_sum_after(a_QJ, BLOCK_J, PRECISION)), 0) * dt_J[None, :]
-    newest_QJ = live_J[None, :] & (at_J[None, :] == e_Q[:, None])
-    far_QJ = far_QJ * decay_QJ + tl.where(newest_QJ, D_Q[:, None], 0)
-    if EAGER:
-        x_JP = tl.where(live_J[:, None], x_JP, 0)
-    far_QP = tl.where(c > 0, read_QP * tl.exp(tl.sum(a_QJ, 1))[:, None], 0)
-    far_QP = _dot(far_QJ.to(WEIGHT), x_JP.to(WEIGHT), far_QP, PRECISION)
-    out_QP = (m0 + t_Q)[:, None] * (H * P) + (h_Q * P)[:, None] + p_P[None, :]
-    out_mask = in_Q[:, None] & in_P[None, :]
-    tl.store(far_ptr + out_QP, far_QP, mask=out_mask)
+        # one pass over N: what the state says, and the scores of far rows and window. Loaded with N first: a transposed
+        # operand is converted where it is loaded, and what is loaded after it then waits for it
+        read_QP = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+        far_QJ = tl.zeros((BLOCK_Q, BLOCK_J), tl.float32)
+        near_QW = tl.zeros((BLOCK_Q, BLOCK_W), tl.float32)
+        new_QI = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
+        for n0 in tl.range(0, N, BLOCK_C, num_stages=STAGES):
+            in_C = n_C < N - n0
+            b_CJ = tl.load(b_ptr_J[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & load_J[None, :], other=0)
+            if WINDOW > 0:
+                b_CW = tl.load(b_ptr_W[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & live_W[None, :], other=0)
+                b_CI = tl.load(b_ptr_I[None, :] + (n0 + n_C)[:, None], mask=in_C[:, None] & (i_I < T)[None, :], other=0)
+            state_CP = tl.load(state_ptr + n0 + tile_CP, mask=in_C[:, None] & in_P[None, :], other=0)
+            c_QC = tl.load(c_ptr_Q[:, None] + (n0 + n_C)[None, :], mask=in_Q[:, None] & in_C[None, :], other=0)
+            if EAGER:
+                b_CJ = tl.where(live_J[None, :], b_CJ, 0)
+            far_QJ = _dot(c_QC, b_CJ, far_QJ, PRECISION)
+            if WINDOW > 0:
+                near_QW = _dot(c_QC, b_CW, near_QW, PRECISION)
+                new_QI = _dot(c_QC, b_CI, new_QI, PRECISION)
+            read_QP = _read(c_QC, state_CP, read_QP, PRECISION)
 
-    if WINDOW > 0:
-        in_window_QW = live_W[None, :] & (at_W[None, :] > e_Q[:, None])
-        in_window_QI = (i_I[None, :] <= t_Q[:, None]) & (i_I[None, :] > (t_Q - WINDOW)[:, None])
-        near_QW = tl.where(in_window_QW, near_QW * scale, float("-inf"))
-        new_QI = tl.where(in_window_QI, new_QI * scale, float("-inf"))
-        most_Q = tl.maximum(tl.max(near_QW, 1), tl.max(new_QI, 1))
-        near_QW = tl.exp(near_QW - most_Q[:, None])
-        new_QI = tl.exp(new_QI - most_Q[:, None])
-        near_QP = _dot(near_QW.to(WEIGHT), x_WP.to(WEIGHT), tl.zeros((BLOCK_Q, BLOCK_P), tl.float32), PRECISION)
-        near_QP = _dot(new_QI.to(WEIGHT), x_IP.to(WEIGHT), near_QP, PRECISION)
-        near_QP = near_QP / (tl.sum(near_QW, 1) + tl.sum(new_QI, 1))[:, None]
-        tl.store(near_ptr + out_QP, near_QP, mask=out_mask)
+        # far: decays by a product with ones, since a row decays by all that follow it up to e
+        seen_QJ = live_J[None, :] & (at_J[None, :] <= e_Q[:, None])
+        a_QJ = tl.where(seen_QJ, a_J[None, :], 0)
+        decay_QJ = tl.where(seen_QJ, tl.exp(_sum_after(a_QJ, BLOCK_J, PRECISION)), 0) * dt_J[None, :]
+        newest_QJ = live_J[None, :] & (at_J[None, :] == e_Q[:, None])
+        far_QJ = far_QJ * decay_QJ + tl.where(newest_QJ, D_Q[:, None], 0)
+        far_QP = tl.where(c > 0, read_QP * tl.exp(tl.sum(a_QJ, 1))[:, None], 0)
+        far_JP = tl.where(live_J[:, None], x_JP, 0) if EAGER else x_JP
+        far_QP = _dot(far_QJ.to(WEIGHT), far_JP.to(WEIGHT), far_QP, PRECISION)
+        out_QP = (m0 + t_Q)[:, None] * (H * P) + (h_Q * P)[:, None] + p_P[None, :]
+        out_mask = in_Q[:, None] & in_P[None, :]
+        tl.store(far_ptr + out_QP, far_QP, mask=out_mask)
+
+        if WINDOW > 0:
+            in_window_QW = live_W[None, :] & (at_W[None, :] > e_Q[:, None])
+            in_window_QI = (i_I[None, :] <= t_Q[:, None]) & (i_I[None, :] > (t_Q - WINDOW)[:, None])
+            near_QW = tl.where(in_window_QW, near_QW * scale, float("-inf"))
+            new_QI = tl.where(in_window_QI, new_QI * scale, float("-inf"))
+            most_Q = tl.maximum(tl.max(near_QW, 1), tl.max(new_QI, 1))
+            near_QW = tl.exp(near_QW - most_Q[:, None])
+            new_QI = tl.exp(new_QI - most_Q[:, None])
+            near_QP = _dot(near_QW.to(WEIGHT), x_WP.to(WEIGHT), tl.zeros((BLOCK_Q, BLOCK_P), tl.float32), PRECISION)
+            near_QP = _dot(new_QI.to(WEIGHT), x_IP.to(WEIGHT), near_QP, PRECISION)
+            near_QP = near_QP / (tl.sum(near_QW, 1) + tl.sum(new_QI, 1))[:, None]
+            tl.store(near_ptr + out_QP, near_QP, mask=out_mask)
 
     # flush: rare, so it reads its operands again (from L2) rather than keep registers
     if end + STEP - c > W:
@@ -364,10 +364,10 @@ def verify(
     launch = launch or launch_of(layout, R, max_tokens, x_MGP)
     block_p = min(launch.block_p, triton.next_power_of_2(P))
     block_c = min(launch.block_c, triton.next_power_of_2(N))
-    block_k = triton.next_power_of_2(H // S)
-    block_t = max(triton.next_power_of_2(max_tokens), 16 // block_k)
-    # products of 64 rows on four warps are wgmma, which Triton 3.6 gets wrong for narrow operands (docs/kernels.md)
-    warps = launch.warps if block_k * block_t < 64 else min(launch.warps, 2)
+    block_t = triton.next_power_of_2(max_tokens)
+    # at most 32 queries at a time: 64 spill, and on four warps they would become wgmma (docs/kernels.md)
+    block_k = min(triton.next_power_of_2(H // S), max(32 // block_t, 1))
+    block_t = max(block_t, 16 // block_k)
     _verify[(S * triton.cdiv(P, block_p), R)](
         slots.state, slots.position, slots.x, slots.b, slots.dt,
         slots.state.stride(0), slots.position.stride(0), slots.x.stride(0), slots.b.stride(0), slots.dt.stride(0),
@@ -380,6 +380,6 @@ def verify(
         BLOCK_W=max(triton.next_power_of_2(layout.window), 16),
         BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_C=block_c, BLOCK_F=min(128, triton.next_power_of_2(N)),
         EAGER=launch.eager, STOCHASTIC=seed is not None, PRECISION=precision(x_MGP), STAGES=launch.stages,
-        num_warps=warps, **({"maxnreg": launch.registers} if launch.registers and warps == launch.warps else {}),
+        num_warps=launch.warps, **({} if launch.registers is None else {"maxnreg": launch.registers}),
     )  # fmt: skip
     return near_MHP if layout.window else None, far_MHP
