@@ -22,6 +22,7 @@ from pool import compile_all
 from triton.runtime.errors import OutOfResources
 
 BATCHES = (1, 8, 32, 64, 256)
+CHECKED_BATCH = 12
 CASES = [(S, w, T) for S in (32, 8) for w in (0, 64) for T in (1, 4, 8, 16)]
 SMALL = [
     VerifyLaunch(block_p=32, block_c=128, stages=1, eager=True),
@@ -88,9 +89,6 @@ def text_of(table: dict[str, list[list]]) -> str:
         for case, rows in table.items()
     ]
     return "{\n" + ",\n".join(cases) + "\n}\n"
-
-
-CHECKED_BATCH = 12
 
 
 def main() -> None:
