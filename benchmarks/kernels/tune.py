@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from clock import Captured, median
-from contenders import RINGS, Ours, checking
+from contenders import CHECKED, RINGS, Ours, checking
 from gate import Wrong
 from mamba_hybrid_kernels.launch import table_path
 from mamba_hybrid_kernels.verify import VerifyLaunch, launch_case, verify
@@ -22,7 +22,6 @@ from pool import compile_all
 from triton.runtime.errors import OutOfResources
 
 BATCHES = (1, 8, 32, 64, 256)
-CHECKED_BATCH = 12
 CASES = [(S, w, T) for S in (32, 8) for w in (0, 64) for T in (1, 4, 8, 16)]
 SMALL = [
     VerifyLaunch(block_p=32, block_c=128, stages=1, eager=True),
@@ -73,7 +72,7 @@ def check(task: tuple) -> str | None:
     """Compile one candidate and compare it with the reference; a line if it does not serve."""
     S, w, T, way = task
     try:
-        of(S, w)(CHECKED_BATCH, T, **checking(CHECKED_BATCH)).check(way)
+        of(S, w)(CHECKED, T, **checking(CHECKED)).check(way)
         torch.cuda.synchronize()
     except OutOfResources as problem:
         return f"{task} needs more than the GPU has: {problem}"

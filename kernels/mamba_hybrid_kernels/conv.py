@@ -5,6 +5,8 @@ Shapes: B batch, L length, M tokens of a step, C channels, K width.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -55,9 +57,7 @@ def short_conv_step(
     if backend == "triton":
         from .conv_step import conv_step  # Triton is needed to run, not to import
 
-        first = [0]
-        for T in lengths:
-            first.append(first[-1] + T)
+        first = [0, *accumulate(lengths)]
         slot_R, start_R, first_R1 = (
             torch.tensor(t, dtype=torch.int32, device=raw_MC.device) for t in (slot_ids, starts, first)
         )

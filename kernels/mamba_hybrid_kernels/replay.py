@@ -18,6 +18,8 @@ See `slot.py` for when a flush happens and why no read collides with a write.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -111,9 +113,7 @@ def _launch(slots, layout, slot_ids, starts, lengths, inputs, near_MHP, far_MHP)
     from .prefill import prefill  # Triton is needed to run, not to import
     from .verify import verify
 
-    first = [0]
-    for T in lengths:
-        first.append(first[-1] + T)
+    first = [0, *accumulate(lengths)]
     short = [layout.step >= T for T in lengths]
 
     def rows(values: list[int]) -> Tensor:
