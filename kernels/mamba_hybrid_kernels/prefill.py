@@ -4,11 +4,13 @@ Shapes: M tokens of the step, R rows (sequences), T tokens of a row, H query hea
 P head width, N state width, W ring rows, w the window, K chunks of Q rows; in the window's kernel also J rows of a
 block and Q the (token, head of the group) pairs of a program.
 
-With p the position of a row's first token, end = p + T and c the checkpoint position of its slot, four launches:
+With p the position of a row's first token, end = p + T and c the checkpoint position of its slot, in four or five
+launches:
 
     near_t = softmax over rows (t - w, t] of N^(-1/2) C_t . B_j, times x_j
     `ssd_forward`'s walk over the rows [c, c') and [c', end - w), c' = end - rewind - w if end + step - c > W, else c;
-        the state at c' goes to the slot
+        the state at c' goes to the slot; a long row's [c, c') is cut into pieces, of which a launch before it finds
+        what they add to the state
     `ssd_forward`'s outputs: far_t from the state entering the chunk of row t - w, and the chunk's rows up to it
     the newest W rows into the ring, c' into the slot: after everything has read the old ones
 
@@ -18,7 +20,8 @@ many chunks as a row can have at most, those past its end find nothing to do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -43,6 +46,7 @@ from .ssd_forward import (
 )
 
 WRITE_ROWS = 16  # ring rows that one program of `_write` writes
+PROGRAMS, MOST_PIECES = 512, 16  # of a state walk
 
 
 @triton.jit
@@ -166,13 +170,26 @@ class NearLaunch:
 
     block_q: int = 128
     block_j: int = 32
-    warps: int = 8
-    stages: int = 2
+    warps: int = 4
+    stages: int = 3
 
 
 def near_launch(x: Tensor) -> NearLaunch:
     """The window's defaults for activations like x."""
     return NearLaunch() if x.element_size() == 2 else NearLaunch(block_q=32, block_j=16, warps=4, stages=1)
+
+
+def walk_launch(x: Tensor, rows: int, tokens: int, chunk: int, shape: tuple[int, int, int]) -> StatesLaunch:
+    """The walk's defaults for activations like x, rows of at most so many tokens, and states of shape (S, P, N)."""
+    S, P, N = shape
+    walk = states_launch(x, rows * S)
+    if x.element_size() > 2:
+        return walk
+    walk = replace(walk, block_p=64, block_n=128)
+    tiles = rows * S * triton.cdiv(P, 64) * triton.cdiv(N, 128)
+    # enough programs to fill a large GPU, pieces of two chunks at least
+    pieces = min(MOST_PIECES, triton.next_power_of_2(PROGRAMS // tiles), triton.next_power_of_2(tokens // chunk) // 2)
+    return replace(walk, pieces=max(pieces, 1))
 
 
 def prefill(
@@ -189,7 +206,7 @@ def prefill(
     C_MHN: Tensor,
     D_H: Tensor,
     *,
-    chunk: int = 128,
+    chunk: int | None = None,
     near_MHP: Tensor | None = None,
     far_MHP: Tensor | None = None,
     near: NearLaunch | None = None,
@@ -211,7 +228,7 @@ def prefill(
         x_MGP, B_MGN, C_MHN: values, keys and queries of the layout's dtype; the last two dimensions contiguous.
         dt_MS: step sizes after softplus, fp32.
         A_S, D_H: decay rates (negative) and skip weights, fp32.
-        chunk: rows of one chunk, a power of two.
+        chunk: rows of one chunk, a power of two; None is 64 where query heads share a state, 128 elsewhere.
         near_MHP, far_MHP: where to write, contiguous, any float dtype; allocated in C's dtype when None.
         near, walk, launch: how to cut the window's attention, the state walk and the outputs into programs.
 
@@ -226,6 +243,7 @@ def prefill(
     w, W = layout.window, layout.ring
     if slot_R.shape[0] != R or sum(lengths) > x_MGP.shape[0]:
         raise ValueError(f"rows of {lengths} tokens for {slot_R.shape[0]} slots and {x_MGP.shape[0]} tokens")
+    chunk = chunk or (128 if S == H else 64)
     if chunk < 16 or chunk & (chunk - 1):
         raise ValueError(f"chunk {chunk} must be a power of two and at least 16")
     for name, t in (("x", x_MGP), ("B", B_MGN), ("C", C_MHN)):
@@ -266,24 +284,36 @@ def prefill(
         chunks, S, P, N, dtype=torch.bfloat16 if x_MGP.dtype == torch.bfloat16 else torch.float32
     )
     s_KSQ = x_MGP.new_empty(chunks, S, chunk, dtype=torch.float32)
-    walk, launch = walk or states_launch(x_MGP, R * S), launch or outputs_launch(x_MGP, max(P, N))
+    walk = walk or walk_launch(x_MGP, R, max(lengths), chunk, (S, P, N))
+    if launch is None:
+        launch = outputs_launch(x_MGP, max(P, N))
+        if S < H and x_MGP.element_size() == 2:
+            launch = replace(launch, heads=H // S, stages=2)
     block_p, block_n = block(P, walk.block_p), block(N, walk.block_n)
     x_strides, dt_strides, b_strides = (0, *x_MGP.stride()[:2]), (0, *dt_MS.stride()), (0, *B_MGN.stride()[:2])
-    _states[(S * triton.cdiv(P, block_p) * triton.cdiv(N, block_n), R)](
-        x_MGP, dt_MS, A_S, B_MGN, None, slots.state, None, enter_KSPN, s_KSQ,
-        *x_strides, *dt_strides, *b_strides, 0, 0, 0,
-        *rows, slots.position, *ring, slots.state.stride(0), slots.position.stride(0), *ring_strides, R,
-        S=S, Q=chunk, **fixed, **rules, BLOCK_R=block_r,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk),
-        PRECISION=accuracy, STAGES=walk.stages, num_warps=walk.warps,
-    )  # fmt: skip
+    tiles = S * triton.cdiv(P, block_p) * triton.cdiv(N, block_n)
+    piece_RESPN = fade_RES = None
+    if walk.pieces > 1:
+        piece_RESPN = x_MGP.new_empty(R, walk.pieces, S, P, N, dtype=torch.float32)
+        fade_RES = x_MGP.new_empty(R, walk.pieces, S, dtype=torch.float32)
+    # what each piece but the last adds to the state, then the walks of all pieces at once
+    for enter, s in [(None, None)] * (walk.pieces > 1) + [(enter_KSPN, s_KSQ)]:
+        _states[(tiles, R, walk.pieces)](
+            x_MGP, dt_MS, A_S, B_MGN, None, slots.state, None, enter, s, piece_RESPN, fade_RES,
+            *x_strides, *dt_strides, *b_strides, 0, 0, 0,
+            *rows, slots.position, *ring, slots.state.stride(0), slots.position.stride(0), *ring_strides, R,
+            S=S, Q=chunk, **fixed, **rules, BLOCK_R=block_r,
+            BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk), PIECES=walk.pieces,
+            PRECISION=accuracy, STAGES=walk.stages, num_warps=walk.warps,
+        )  # fmt: skip
     block_p, block_j = block(P, launch.block_p), min(launch.block_j, chunk)
-    _outputs[(chunks * (chunk // block_j) * H * triton.cdiv(P, block_p),)](
+    heads = math.gcd(launch.heads, H // G)
+    _outputs[(chunks * (chunk // block_j) * (H // heads) * triton.cdiv(P, block_p),)](
         x_MGP, dt_MS, B_MGN, C_MHN, D_H, None, enter_KSPN, s_KSQ, far_MHP,
         *x_strides, *dt_strides, *b_strides, 0, *C_MHN.stride()[:2], 0, 0, 0,
         *rows, slots.position, *ring, slots.position.stride(0), *ring_strides, R,
         S=S, H=H, Q=chunk, **fixed, **rules, BLOCK_R=block_r,
-        BLOCK_P=block_p, BLOCK_N=block(N), BLOCK_J=block_j,
+        BLOCK_P=block_p, BLOCK_N=block(N), BLOCK_J=block_j, HEADS=heads,
         PRECISION=accuracy, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
 

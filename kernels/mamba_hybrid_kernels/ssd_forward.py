@@ -9,13 +9,15 @@ query that belongs to row j is t = j + w. With s_j = log2(e) sum of A dt from th
     state walk, chunk after chunk:  S <- 2^(s_Q) S + sum_j 2^(s_Q - s_j) dt_j x_j B_j^T
     outputs of a chunk:             y_t = 2^(s_j) S_in C_t + sum_{i <= j} 2^(s_j - s_i) dt_i (B_i . C_t) x_i + D_h x_j
 
-`_states` walks a stream with a tile of one state in registers and stores the state that enters each chunk, S_in;
-`_outputs` then does all chunks at once. x and B exist once per group, products C . B^T never leave the chip. In both,
+`_states` walks a stream with a tile of one state in registers and stores the state that enters each chunk, S_in; a
+long prefill's walk is cut into pieces that run side by side, after a first launch has found what each of them adds to
+the state. `_outputs` then does all chunks at once. x and B exist once per group, products C . B^T never leave the chip.
 RAGGED selects prefill's streams: rows that begin at a slot's checkpoint c and come from its ring below `start`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,11 @@ def _gain(x_JP, b_JN, gain_J, state_PN, PRECISION: tl.constexpr):
         low_JP = (gained_JP - high_JP.to(tl.float32)).to(tl.bfloat16)
         state_PN = _dot(tl.trans(high_JP), b_JN, state_PN, PRECISION)
         return _dot(tl.trans(low_JP), b_JN, state_PN, PRECISION)
+    if x_JP.dtype == tl.float16 and PRECISION == "tf32":
+        # as the sum of two tf32, in which fp16 rows are exact
+        high_JP = (gained_JP.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        state_PN = _dot(tl.trans(high_JP), b_JN, state_PN, PRECISION)
+        return _dot(tl.trans(gained_JP - high_JP), b_JN, state_PN, PRECISION)
     return _dot(tl.trans(gained_JP), b_JN, state_PN, PRECISION)
 
 
@@ -99,17 +106,18 @@ def most_chunks(tokens: int, chunk: int, ring: int, window: int, step: int, rewi
 
 @triton.jit
 def _states(
-    x_ptr, dt_ptr, A_ptr, b_ptr, doc_ptr, initial_ptr, final_ptr, enter_ptr, s_ptr,
+    x_ptr, dt_ptr, A_ptr, b_ptr, doc_ptr, initial_ptr, final_ptr, enter_ptr, s_ptr, piece_ptr, fade_ptr,
     x_stride_b, x_stride_l, x_stride_g, dt_stride_b, dt_stride_l, dt_stride_s, b_stride_b, b_stride_l, b_stride_g,
     doc_stride, L, CHUNKS,
     slot_ptr, start_ptr, first_ptr, position_ptr, x_ring_ptr, dt_ring_ptr, b_ring_ptr,
     state_stride, position_stride, x_ring_stride, dt_ring_stride, b_ring_stride, ROWS,
     G: tl.constexpr, S: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr,
     W: tl.constexpr, STEP: tl.constexpr, REWIND: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, PIECES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = slot_ptr is not None
+    GAINS: tl.constexpr = enter_ptr is None
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -134,12 +142,27 @@ def _states(
             return
         counts_R = _chunk_bounds(first_ptr, ROWS, Q, W, WINDOW, STEP, REWIND, BLOCK_R)
         k = tl.sum(tl.where(tl.arange(0, BLOCK_R) < row, counts_R, 0), 0).to(tl.int64)
+        folded = (to - c + Q - 1) // Q  # chunks below `to`
         x_ring_ptr += slot * x_ring_stride + g * P
         b_ring_ptr += slot * b_ring_stride + g * N
         dt_ring_ptr += slot * dt_ring_stride + head
         initial_ptr += slot * state_stride
-        held_N = n_N < tl.where(c > 0, N, 0)
-        state_PN = tl.load(initial_ptr + tile_PN, mask=in_P[:, None] & held_N[None, :], other=0).to(tl.float32)
+        piece = tl.program_id(2)
+        piece_ptr_PN = piece_ptr + row.to(tl.int64) * (PIECES * S * P * N) + tile_PN if PIECES > 1 else None
+        fade_ptr_s = fade_ptr + row * (PIECES * S) + head if PIECES > 1 else None
+        first = piece * 0
+        if PIECES == 1 or GAINS:
+            held_N = n_N < tl.where((c > 0) & (piece == 0), N, 0)
+            state_PN = tl.load(initial_ptr + tile_PN, mask=in_P[:, None] & held_N[None, :], other=0).to(tl.float32)
+            first = piece - 1
+        else:
+            state_PN = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+            for e in tl.range(0, piece + 1):
+                gained_PN = tl.load(piece_ptr_PN + e * (S * P * N), mask=in_PN, other=0)
+                state_PN = state_PN * tl.exp2(tl.load(fade_ptr_s + e * S)) + gained_PN
+            first = piece
+        if PIECES > 1:
+            per = (folded + PIECES - 1) // PIECES * Q  # rows of a piece
     else:
         b = row.to(tl.int64)
         m0 = b * 0
@@ -161,12 +184,25 @@ def _states(
     A = tl.load(A_ptr + head).to(tl.float32) * LOG2_E
 
     i_J = tl.arange(0, BLOCK_J)
-    for segment in tl.static_range(0 if RAGGED else 1, 2):
+    faded = 0.0
+    for segment in tl.static_range(0 if RAGGED else 1, 1 if GAINS else 2):
         if segment == 0:
             lo, hi, last = c, to, to
+            if PIECES > 1:
+                lo = tl.minimum(c + tl.maximum(first, 0) * per, to)
+                hi = tl.minimum(lo + tl.where(first < 0, 0, per), to)
+                last = hi
+            k0 = k + (lo - c) // Q
+        elif RAGGED:
+            lo, hi = to, end - WINDOW
+            last = hi
+            if PIECES > 1:
+                last = tl.where(piece == PIECES - 1, hi, lo)
+            k0 = k + folded
         else:
             lo, hi = to, end - WINDOW
-            last = hi if RAGGED else tl.maximum(hi, 1)  # a sequence has at least one chunk, if of no rows
+            last = tl.maximum(hi, 1)  # a sequence has at least one chunk, if of no rows
+            k0 = k
         s_before = 0.0
         for j0 in tl.range(lo, last, BLOCK_J, num_stages=STAGES):
             j_J = j0 + i_J
@@ -186,14 +222,18 @@ def _states(
             dt_J = tl.load(dt_ptr_J, mask=live_J, other=0).to(tl.float32)
 
             at = (j0 - lo) % Q
-            chunk = k + (j0 - lo) // Q
-            enters_N = n_N < tl.where(at == 0, N, 0)
-            tl.store(enter_ptr + chunk * (S * P * N) + tile_PN, state_PN, mask=in_P[:, None] & enters_N[None, :])
+            chunk = k0 + (j0 - lo) // Q
             s_J = prefix_sum(dt_J * A, BLOCK_J)
             s_last = tl.min(s_J, 0)  # A is negative
-            s_before = tl.where(at == 0, 0.0, s_before)
-            tl.store(s_ptr + (chunk * S + head) * Q + at + i_J, s_before + s_J, mask=i_J < tl.where(writes_s, Q, 0))
-            s_before += s_last
+            if GAINS:
+                faded += s_last
+            else:
+                enters_N = n_N < tl.where(at == 0, N, 0)
+                tl.store(enter_ptr + chunk * (S * P * N) + tile_PN, state_PN, mask=in_P[:, None] & enters_N[None, :])
+                s_before = tl.where(at == 0, 0.0, s_before)
+                s_ptr_J = s_ptr + (chunk * S + head) * Q + at + i_J
+                tl.store(s_ptr_J, s_before + s_J, mask=i_J < tl.where(writes_s, Q, 0))
+                s_before += s_last
             gain_J = tl.exp2(s_last - s_J) * dt_J
             keep = tl.exp2(s_last)
             if doc_ptr is not None:
@@ -204,10 +244,12 @@ def _states(
                 keep = tl.where(doc_last == doc_before, keep, 0)
                 doc_before = doc_last
             state_PN = _gain(x_JP, b_JN, gain_J, state_PN * keep, PRECISION)
-        k += (tl.maximum(hi - lo, 0) + Q - 1) // Q
-        if segment == 0:
-            moved_N = n_N < tl.where(to > c, N, 0)
+        if segment == 0 and not GAINS:
+            moved_N = n_N < tl.where((to > c) & (piece == PIECES - 1), N, 0)
             tl.store(initial_ptr + tile_PN, state_PN, mask=in_P[:, None] & moved_N[None, :])
+    if GAINS:
+        tl.store(piece_ptr_PN + piece * (S * P * N), state_PN, mask=in_PN)
+        tl.store(fade_ptr_s + piece * S, faded, mask=writes_s)
     if final_ptr is not None:
         if doc_ptr is not None:
             state_PN = tl.where(doc_before == tl.load(doc_ptr + L - 1), state_PN, 0)
@@ -223,7 +265,7 @@ def _outputs(
     position_stride, x_ring_stride, dt_ring_stride, b_ring_stride, ROWS,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     WINDOW: tl.constexpr, W: tl.constexpr, STEP: tl.constexpr, REWIND: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = slot_ptr is not None
@@ -232,14 +274,14 @@ def _outputs(
     WEIGHT: tl.constexpr = DTYPE if tl.bfloat16 == DTYPE else tl.float32
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     BLOCKS: tl.constexpr = Q // BLOCK_J
+    SHARED: tl.constexpr = (H // S) % HEADS == 0  # the program's heads read one state
     # heads fastest: those of a group, which read the same x and B, and those of a state run side by side
     pid = tl.program_id(0)
     p0 = pid % TILES_P * BLOCK_P
-    h = pid // TILES_P % H
-    block = pid // (TILES_P * H) % BLOCKS
-    k = pid // (TILES_P * H * BLOCKS)
-    head = h // (H // S)
-    g = h // (H // G)
+    h0 = pid // TILES_P % (H // HEADS) * HEADS
+    block = pid // (TILES_P * (H // HEADS)) % BLOCKS
+    k = pid // (TILES_P * (H // HEADS) * BLOCKS)
+    g = h0 // (H // G)
     p_P = p0 + tl.arange(0, BLOCK_P)
     n_N = tl.arange(0, BLOCK_N)
     in_P = p_P < P
@@ -257,7 +299,7 @@ def _outputs(
         hi = tl.minimum(lo + Q, tl.where(i < folded, to, end - WINDOW))
         x_ring_ptr += slot * x_ring_stride + g * P
         b_ring_ptr += slot * b_ring_stride + g * N
-        dt_ring_ptr += slot * dt_ring_stride + head
+        dt_ring_ptr += slot * dt_ring_stride
     else:
         row = k // CHUNKS
         i = k % CHUNKS
@@ -271,18 +313,18 @@ def _outputs(
         b_ptr += b * b_stride_b
         c_ptr += b * c_stride_b
         y_ptr += b * L * (H * P)
-    c_ptr += h * c_stride_h
-    y_ptr += h * P
+    y_ptr += h0 * P
     x_ptr += g * x_stride_g
     b_ptr += g * b_stride_g
-    dt_ptr += head * dt_stride_s
 
     if (i == 0) & (block == 0):  # nothing has left the window yet
         for t0 in range(start, tl.minimum(end, WINDOW), BLOCK_J):
             t_J = t0 + i_J
             y_ptr_J = y_ptr + (m0 + (t_J - start)) * (H * P)
             mask_JP = (t_J < tl.minimum(end, WINDOW))[:, None] & in_P[None, :]
-            tl.store(y_ptr_J[:, None] + p_P[None, :], tl.zeros((BLOCK_J, BLOCK_P), y_ptr.dtype.element_ty), mask_JP)
+            zeros_JP = tl.zeros((BLOCK_J, BLOCK_P), y_ptr.dtype.element_ty)
+            for f in tl.static_range(HEADS):
+                tl.store(y_ptr_J[:, None] + f * P + p_P[None, :], zeros_JP, mask_JP)
     j0 = lo + block * BLOCK_J
     if (j0 >= hi) | (tl.minimum(j0 + BLOCK_J, hi) + WINDOW <= start):
         return
@@ -292,44 +334,15 @@ def _outputs(
     live_J = j_M < hi
     live_M = live_J & (t_M >= start)
     token_M = m0 + (t_M - start)
-    c_MN = tl.load(c_ptr + token_M[:, None] * c_stride_l + n_N[None, :], mask=live_M[:, None] & in_N[None, :], other=0)
-    enter_ptr += (k.to(tl.int64) * S + head) * (P * N)
-    enter_PN = tl.load(enter_ptr + p_P[:, None] * N + n_N[None, :], mask=in_P[:, None] & in_N[None, :], other=0)
-    s_ptr += (k.to(tl.int64) * S + head) * Q
-    s_before = tl.load(s_ptr + block * BLOCK_J - 1, mask=block > 0, other=0)
-    s_M = tl.load(s_ptr + block * BLOCK_J + i_J, mask=live_J, other=s_before)
     if doc_ptr is not None:
         doc_ptr += row.to(tl.int64) * doc_stride
         doc_M = tl.load(doc_ptr + t_M, mask=live_M, other=0)
-
-    # up to the row before this block: every query of the block sees these through one decay, 2^(s_before)
-    y_MP = _dot(c_MN, tl.trans(enter_PN), tl.zeros((BLOCK_J, BLOCK_P), tl.float32), PRECISION)
-    y_MP = y_MP * tl.exp2(s_before)
-    if doc_ptr is not None:
-        y_MP = tl.where((doc_M == tl.load(doc_ptr + tl.maximum(lo - 1, 0)))[:, None], y_MP, 0)
-    for i0 in tl.range(0, block * BLOCK_J, BLOCK_J, num_stages=STAGES):
-        j_J = lo + i0 + i_J
-        token_J = m0 + (j_J - start)
-        x_ptr_J = x_ptr + token_J * x_stride_l
-        b_ptr_J = b_ptr + token_J * b_stride_l
-        dt_ptr_J = dt_ptr + token_J * dt_stride_l
-        if RAGGED:
-            new_J = j_J >= start
-            ring_J = j_J % W
-            x_ptr_J = tl.where(new_J, x_ptr_J, x_ring_ptr + ring_J * (G * P))
-            b_ptr_J = tl.where(new_J, b_ptr_J, b_ring_ptr + ring_J * (G * N))
-            dt_ptr_J = tl.where(new_J, dt_ptr_J, dt_ring_ptr + ring_J * S)
-        b_JN = tl.load(b_ptr_J[:, None] + n_N[None, :], mask=in_N[None, :], other=0)
-        x_JP = tl.load(x_ptr_J[:, None] + p_P[None, :], mask=in_P[None, :], other=0)
-        weight_J = tl.exp2(s_before - tl.load(s_ptr + i0 + i_J)) * tl.load(dt_ptr_J).to(tl.float32)
-        score_MJ = _dot(c_MN, tl.trans(b_JN), tl.zeros((BLOCK_J, BLOCK_J), tl.float32), PRECISION)
-        score_MJ = score_MJ * weight_J[None, :]
-        if doc_ptr is not None:
-            score_MJ = tl.where(doc_M[:, None] == tl.load(doc_ptr + j_J)[None, :], score_MJ, 0)
-        y_MP = _dot(score_MJ.to(WEIGHT), x_JP.to(WEIGHT), y_MP, PRECISION)
-    y_MP = y_MP * tl.exp2(s_M - s_before)[:, None]
-
-    # the block's own rows
+        entered_M = doc_M == tl.load(doc_ptr + tl.maximum(lo - 1, 0))
+    c_ptr_MN = c_ptr + h0 * c_stride_h + (token_M * c_stride_l)[:, None] + n_N[None, :]
+    enter_ptr_PN = enter_ptr + k.to(tl.int64) * (S * P * N) + p_P[:, None] * N + n_N[None, :]
+    in_MN = live_M[:, None] & in_N[None, :]
+    in_PN = in_P[:, None] & in_N[None, :]
+    s_ptr += k.to(tl.int64) * (S * Q) + block * BLOCK_J
     token_J = m0 + (j_M - start)
     x_ptr_J = x_ptr + token_J * x_stride_l
     b_ptr_J = b_ptr + token_J * b_stride_l
@@ -339,21 +352,65 @@ def _outputs(
         ring_J = j_M % W
         x_ptr_J = tl.where(new_J, x_ptr_J, x_ring_ptr + ring_J * (G * P))
         b_ptr_J = tl.where(new_J, b_ptr_J, b_ring_ptr + ring_J * (G * N))
-        dt_ptr_J = tl.where(new_J, dt_ptr_J, dt_ring_ptr + ring_J * S)
     b_JN = tl.load(b_ptr_J[:, None] + n_N[None, :], mask=live_J[:, None] & in_N[None, :], other=0)
     x_JP = tl.load(x_ptr_J[:, None] + p_P[None, :], mask=live_J[:, None] & in_P[None, :], other=0)
-    dt_J = tl.load(dt_ptr_J, mask=live_J, other=0).to(tl.float32)
-    score_MJ = _dot(c_MN, tl.trans(b_JN), tl.zeros((BLOCK_J, BLOCK_J), tl.float32), PRECISION)
     seen_MJ = live_J[:, None] & (i_J[:, None] >= i_J[None, :])
     if doc_ptr is not None:
         seen_MJ = seen_MJ & (doc_M[:, None] == tl.load(doc_ptr + j_M, mask=live_J, other=0)[None, :])
-    decay_MJ = tl.exp2(tl.where(seen_MJ, s_M[:, None] - s_M[None, :], float("-inf"))) * dt_J[None, :]
-    D = tl.load(D_ptr + h).to(tl.float32)
     own_MJ = seen_MJ & (i_J[:, None] == i_J[None, :])
-    score_MJ = score_MJ * decay_MJ + tl.where(own_MJ, D, 0)
-    y_MP = _dot(score_MJ.to(WEIGHT), x_JP.to(WEIGHT), y_MP, PRECISION)
-    y_ptr_M = y_ptr + token_M * (H * P)
-    tl.store(y_ptr_M[:, None] + p_P[None, :], y_MP, mask=live_M[:, None] & in_P[None, :])
+
+    if SHARED:
+        state = h0 // (H // S)
+        enter_PN = tl.load(enter_ptr_PN + state * (P * N), mask=in_PN, other=0)
+    for f in tl.range(0, HEADS, num_stages=STAGES if BLOCKS == 1 else 1):
+        head = (h0 + f) // (H // S)
+        c_MN = tl.load(c_ptr_MN + f * c_stride_h, mask=in_MN, other=0)
+        if not SHARED:
+            enter_PN = tl.load(enter_ptr_PN + head * (P * N), mask=in_PN, other=0)
+        s_before = tl.load(s_ptr + head * Q - 1, mask=block > 0, other=0)
+        s_M = tl.load(s_ptr + head * Q + i_J, mask=live_J, other=s_before)
+        dt_head_ptr_J = dt_ptr_J + head * dt_stride_s
+        if RAGGED:
+            dt_head_ptr_J = tl.where(new_J, dt_head_ptr_J, dt_ring_ptr + ring_J * S + head)
+        dt_J = tl.load(dt_head_ptr_J, mask=live_J, other=0).to(tl.float32)
+        D = tl.load(D_ptr + h0 + f).to(tl.float32)
+
+        # up to the row before this block: every query of the block sees these through one decay, 2^(s_before)
+        y_MP = _dot(c_MN, tl.trans(enter_PN), tl.zeros((BLOCK_J, BLOCK_P), tl.float32), PRECISION)
+        y_MP = y_MP * tl.exp2(s_before)
+        if doc_ptr is not None:
+            y_MP = tl.where(entered_M[:, None], y_MP, 0)
+        if BLOCKS > 1:
+            for i0 in tl.range(0, block * BLOCK_J, BLOCK_J, num_stages=STAGES):
+                j_I = lo + i0 + i_J
+                token_I = m0 + (j_I - start)
+                x_ptr_I = x_ptr + token_I * x_stride_l
+                b_ptr_I = b_ptr + token_I * b_stride_l
+                dt_ptr_I = dt_ptr + token_I * dt_stride_l + head * dt_stride_s
+                if RAGGED:
+                    new_I = j_I >= start
+                    ring_I = j_I % W
+                    x_ptr_I = tl.where(new_I, x_ptr_I, x_ring_ptr + ring_I * (G * P))
+                    b_ptr_I = tl.where(new_I, b_ptr_I, b_ring_ptr + ring_I * (G * N))
+                    dt_ptr_I = tl.where(new_I, dt_ptr_I, dt_ring_ptr + ring_I * S + head)
+                b_IN = tl.load(b_ptr_I[:, None] + n_N[None, :], mask=in_N[None, :], other=0)
+                x_IP = tl.load(x_ptr_I[:, None] + p_P[None, :], mask=in_P[None, :], other=0)
+                s_I = tl.load(s_ptr - block * BLOCK_J + head * Q + i0 + i_J)
+                weight_I = tl.exp2(s_before - s_I) * tl.load(dt_ptr_I).to(tl.float32)
+                score_MI = _dot(c_MN, tl.trans(b_IN), tl.zeros((BLOCK_J, BLOCK_J), tl.float32), PRECISION)
+                score_MI = score_MI * weight_I[None, :]
+                if doc_ptr is not None:
+                    score_MI = tl.where(doc_M[:, None] == tl.load(doc_ptr + j_I)[None, :], score_MI, 0)
+                y_MP = _dot(score_MI.to(WEIGHT), x_IP.to(WEIGHT), y_MP, PRECISION)
+        y_MP = y_MP * tl.exp2(s_M - s_before)[:, None]
+
+        # the block's own rows
+        score_MJ = _dot(c_MN, tl.trans(b_JN), tl.zeros((BLOCK_J, BLOCK_J), tl.float32), PRECISION)
+        decay_MJ = tl.exp2(tl.where(seen_MJ, s_M[:, None] - s_M[None, :], float("-inf"))) * dt_J[None, :]
+        score_MJ = score_MJ * decay_MJ + tl.where(own_MJ, D, 0)
+        y_MP = _dot(score_MJ.to(WEIGHT), x_JP.to(WEIGHT), y_MP, PRECISION)
+        y_ptr_M = y_ptr + token_M * (H * P) + f * P
+        tl.store(y_ptr_M[:, None] + p_P[None, :], y_MP, mask=live_M[:, None] & in_P[None, :])
 
 
 @dataclass(frozen=True)
@@ -364,6 +421,7 @@ class StatesLaunch:
         block_p, block_n: tile of a state that one program walks with.
         block_j: rows it takes up at a time, at most the chunk.
         warps, stages: of a program; stages is the depth of the walk's pipeline.
+        pieces: that prefill cuts a row's walk into, so that a long row keeps more programs busy.
     """
 
     block_p: int = 64
@@ -371,6 +429,7 @@ class StatesLaunch:
     block_j: int = 64
     warps: int = 4
     stages: int = 3
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -380,11 +439,14 @@ class OutputsLaunch:
     Args:
         block_p: columns of a head that one program computes.
         block_j: queries of a program, and rows it takes up at a time, at most the chunk.
-        warps, stages: of a program; stages is the depth of the pipeline over blocks of rows.
+        heads: of a group that a program computes one after another.
+        warps, stages: of a program; stages is the depth of the pipeline over blocks of rows, and over heads where a
+            chunk is one block.
     """
 
     block_p: int = 128
     block_j: int = 64
+    heads: int = 1
     warps: int = 4
     stages: int = 1
 
@@ -476,22 +538,23 @@ def ssd_forward(
     walk = walk or states_launch(x_BLGP, b * S)
     block_p, block_n = block(P, walk.block_p), block(N, walk.block_n)
     _states[(S * triton.cdiv(P, block_p) * triton.cdiv(N, block_n), b)](
-        x_BLGP, dt_BLS, A_S, B_BLGN, doc_BL, state_BSPN, final_BSPN, enter_BKSPN, s_BKSQ,
+        x_BLGP, dt_BLS, A_S, B_BLGN, doc_BL, state_BSPN, final_BSPN, enter_BKSPN, s_BKSQ, None, None,
         *x_BLGP.stride()[:3], *dt_BLS.stride(), *B_BLGN.stride()[:3], L, L, chunks,
         None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0,
         G=G, S=S, P=P, N=N, Q=chunk, WINDOW=delay, W=0, STEP=0, REWIND=0, BLOCK_R=1,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk),
+        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk), PIECES=1,
         PRECISION=precision(x_BLGP), STAGES=walk.stages, num_warps=walk.warps,
     )  # fmt: skip
     y_BLHP = x_BLGP.new_empty(b, L, H, P)
     launch = launch or outputs_launch(x_BLGP, max(P, N))
     block_p, block_j = block(P, launch.block_p), min(launch.block_j, chunk)
-    _outputs[(b * chunks * (chunk // block_j) * H * triton.cdiv(P, block_p),)](
+    heads = math.gcd(launch.heads, H // G)
+    _outputs[(b * chunks * (chunk // block_j) * (H // heads) * triton.cdiv(P, block_p),)](
         x_BLGP, dt_BLS, B_BLGN, C_BLHN, D_H, doc_BL, enter_BKSPN, s_BKSQ, y_BLHP,
         *x_BLGP.stride()[:3], *dt_BLS.stride(), *B_BLGN.stride()[:3], *C_BLHN.stride()[:3], L, L, chunks,
         None, None, None, None, None, None, None, 0, 0, 0, 0, 0,
         G=G, S=S, H=H, P=P, N=N, Q=chunk, WINDOW=delay, W=0, STEP=0, REWIND=0, BLOCK_R=1,
-        BLOCK_P=block_p, BLOCK_N=block(N), BLOCK_J=block_j,
+        BLOCK_P=block_p, BLOCK_N=block(N), BLOCK_J=block_j, HEADS=heads,
         PRECISION=precision(x_BLGP), STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     return y_BLHP, final_BSPN, enter_BKSPN

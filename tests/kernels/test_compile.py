@@ -121,7 +121,7 @@ def test_prefill_and_training_compile(compiled):
     x, dt, B, C = (t[None] for t in (x, dt, B, C))
     y, last, enter = ssd_forward(x, dt, A, B, C, D, delay=64)
     ssd_backward(y, last, x, dt, A, B, C, D, enter, delay=64)
-    assert len(compiled) == 4 + 2 + 6
+    assert len(compiled) == 5 + 2 + 6  # the walk of this row is cut into pieces, which is one launch more
     assert all(kernel.metadata.shared <= 227 << 10 for kernel in compiled)
 
 

@@ -2,6 +2,7 @@
 at a flush, tokens taken back, recycled slots, padding rows, poisoned memory. In Triton's interpreter on a CPU."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ def fuzz(seed: int, steps: int, prompts: list[int]) -> None:
         "launch": OutputsLaunch(block_p=rng.choice([32, 64]), block_j=rng.choice([16, 32]), stages=1),
         "index": rng.choice([torch.int32, torch.int64]),
     }
+    kw["walk"] = replace(kw["walk"], pieces=rng.choice([1, 2, 4]))
+    kw["launch"] = replace(kw["launch"], heads=rng.choice([1, 2, 3, 8]))
     slots, free, running = strided(move(poisoned(layout, 4), DEVICE), 48), list(range(4)), {}
     A, D = -torch.rand(layout.state_heads) * 0.3, torch.randn(layout.query_heads)
     for _ in range(steps):

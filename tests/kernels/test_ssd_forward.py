@@ -69,7 +69,9 @@ def check(seed, most=110, dtype=torch.float32, tolerance=2e-5, **shape):
     state = torch.randn(batch, S, P, N, device=DEVICE) if rng.random() < 0.5 else None
     got = ssd_forward(
         *args, delay=w, doc_BL=doc, state_BSPN=state, chunk=chunk,
-        launch=OutputsLaunch(block_p=rng.choice([32, 64]), block_j=rng.choice([16, 32, 64]), stages=1),
+        launch=OutputsLaunch(
+            block_p=rng.choice([32, 64]), block_j=rng.choice([16, 32, 64]), heads=rng.choice([1, 2, 4]), stages=1
+        ),
         walk=StatesLaunch(block_p=rng.choice([16, 64]), block_n=rng.choice([32, 64]), block_j=rng.choice([16, 64])),
     )  # fmt: skip
     compare(got, want(*args, w, doc, state, chunk), tolerance)
