@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -96,6 +97,21 @@ class HybridMambaConfig(LlamaConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if self.ssm_rope and rope_type not in FIXED_ROPE:
             raise ValueError(f"rope_type {rope_type!r} depends on the sequence's length; mixers take {FIXED_ROPE}")
+
+    def shard(self, devices: int) -> HybridMambaConfig:
+        """What each of so many devices computes of a layer: its share of the KV groups, whole.
+
+        Raises:
+            ValueError: groups that do not divide among them.
+        """
+        G = self.num_key_value_heads
+        if G % devices:
+            raise ValueError(f"{G} key/value heads do not divide among {devices} devices")
+        part = copy.deepcopy(self)
+        part.num_attention_heads //= devices
+        part.num_key_value_heads //= devices
+        part.state_heads //= devices
+        return part
 
     @property
     def mixer_layers(self) -> list[int]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from mamba_hybrid_kernels import (
     SlotLayout,
     SlotTensors,
+    StepRows,
     head_norm,
     readout,
     replay,
@@ -163,27 +164,25 @@ class MixerCore(nn.Module):
         sin: Tensor,
         slots: SlotTensors,
         layout: SlotLayout,
-        slot_ids: list[int],
-        starts: list[int],
-        lengths: list[int],
+        rows: StepRows,
     ) -> Tensor:
         """A ragged batch that continues from its slots, which it updates; see `mamba_hybrid_kernels.replay`.
 
         Args:
             q, k, v, dt, z: the projections' outputs for all rows' tokens one after another (M, ...).
             cos, sin: rotary tables (M, N).
-            slots, layout, slot_ids, starts, lengths: as in `replay`.
+            slots, layout, rows: as in `replay`.
 
         Returns:
             (M, H P), the input of o_proj.
         """
 
         def conv(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return short_conv_step(slots, layout, slot_ids, starts, lengths, raw, weight, bias)
+            return short_conv_step(slots, layout, rows, raw, weight, bias)
 
         x, b, c = self.split(q, k, v, conv)
         c, b = self.rotate(c, b, cos, sin)
-        near, far = replay(slots, layout, slot_ids, starts, lengths, x, self.step_size(dt), self.A_S, b, c, self.D)
+        near, far = replay(slots, layout, rows, x, self.step_size(dt), self.A_S, b, c, self.D)
         return self.readout(near, far, z).to(q.dtype)
 
 
@@ -221,5 +220,5 @@ class HybridMixer(nn.Module):
         return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL).to(u_BLD.dtype))
 
     def step(self, u_MD: Tensor, cos: Tensor, sin: Tensor, *where) -> Tensor:
-        """A ragged step, (M, D) -> (M, D); `where` is slots, layout, slot_ids, starts and lengths."""
+        """A ragged step, (M, D) -> (M, D); `where` is slots, layout and rows."""
         return self.o_proj(self.core.step(*self.project(u_MD), cos, sin, *where).to(u_MD.dtype))

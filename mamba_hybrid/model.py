@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mamba_hybrid_kernels import StepRows
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -36,6 +37,7 @@ class Batch:
         doc_BL: document ids of packed rows, None for one document a row.
         cache: None in training.
         valid_BT: real tokens of this pass (False is padding), with a cache only.
+        rows: the slots that they continue, with a cache only.
     """
 
     cos: Tensor
@@ -44,6 +46,7 @@ class Batch:
     doc_BL: Tensor | None
     cache: HybridCache | None
     valid_BT: Tensor | None
+    rows: StepRows | None
 
 
 class Attention(nn.Module):
@@ -97,14 +100,11 @@ class HybridLayer(nn.Module):
             return self.self_attn(u_BTD, batch)
         if batch.cache is None:
             return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL)
-        cache, valid = batch.cache, batch.valid_BT
-        assert valid is not None
-        lengths = valid.sum(1).tolist()
-        rows = [b for b, n in enumerate(lengths) if n]
+        cache, valid, rows = batch.cache, batch.valid_BT, batch.rows
+        assert valid is not None and rows is not None
         out = torch.zeros_like(u_BTD)
         out[valid] = self.mixer.step(
-            u_BTD[valid], batch.cos[valid], batch.sin[valid], cache.slots[self.layer], cache.layout,
-            rows, [cache.tokens[b] for b in rows], [lengths[b] for b in rows],
+            u_BTD[valid], batch.cos[valid], batch.sin[valid], cache.slots[self.layer], cache.layout, rows
         )  # fmt: skip
         return out
 
@@ -186,16 +186,12 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(b, T, past, valid_BL, document_ids, h.device)
         cos, sin = self.rotary_emb(h.float(), position_ids)
-        batch = Batch(
-            cos.expand(b, -1, -1),
-            sin.expand(b, -1, -1),
-            self._mask(T, past, valid_BL, document_ids, h.device),
-            document_ids,
-            cache,
-            None
-            if cache is None
-            else (valid_BL[:, past:] if valid_BL is not None else h.new_ones(b, T, dtype=torch.bool)),
-        )
+        valid_BT = rows = None
+        if cache is not None:
+            valid_BT = h.new_ones(b, T, dtype=torch.bool) if valid_BL is None else valid_BL[:, past:]
+            rows = StepRows.of(list(range(b)), cache.tokens, valid_BT.sum(1).tolist(), h.device)
+        mask = self._mask(T, past, valid_BL, document_ids, h.device)
+        batch = Batch(cos.expand(b, -1, -1), sin.expand(b, -1, -1), mask, document_ids, cache, valid_BT, rows)
         for layer in self.layers:
             h = layer(h, batch)
         if cache is not None:

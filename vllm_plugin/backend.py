@@ -1,15 +1,11 @@
-"""Attention backend of the mixer layers: which sequence stands where in a batch, and in which slot.
-
-Shapes: M tokens of the batch's live rows, one row after another.
-"""
+"""Attention backend of the mixer layers: which sequence stands where in a batch, and in which slot."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from mamba_hybrid_kernels import StepRows
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,35 +15,25 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_table_tensor
 
 
-@dataclass
-class MixerMetadata:
-    """Rows of a batch that are sequences (padding rows are left out).
+class MixerMetadataBuilder(AttentionMetadataBuilder[StepRows]):
+    """Builds a step's rows from the scheduler's numbers alone, on the device. It needs no count of accepted tokens,
+    which vLLM hands to its own builders only."""
 
-    Args:
-        slot_ids: block that is the row's slot.
-        starts: position of its first token in this batch.
-        lengths: tokens of it in this batch.
-        tokens_M: int64, where their tokens stand in the batch.
-        positions_M: int64, and at which position of their sequences.
-    """
-
-    slot_ids: list[int]
-    starts: list[int]
-    lengths: list[int]
-    tokens_M: Tensor
-    positions_M: Tensor
-
-
-class MixerMetadataBuilder(AttentionMetadataBuilder[MixerMetadata]):
-    """Builds it from the scheduler's numbers alone. It needs no count of accepted tokens, which vLLM hands to its
-    own builders only."""
-
-    # the rows' numbers are read on the host
-    _cudagraph_support = AttentionCGSupport.NEVER
-    reorder_batch_threshold = None
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # a CUDA graph reads these, so their addresses stay
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self.slot_R, self.start_R, self.first_R1 = (
+            torch.zeros(size, dtype=torch.int32, device=device) for size in (rows, rows, rows + 1)
+        )
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config, kv_cache_spec) -> int | None:
+        """A captured step takes rows of any length up to that of a verify step."""
+        return vllm_config.num_speculative_tokens + 1
 
     def build(
         self,
@@ -55,30 +41,19 @@ class MixerMetadataBuilder(AttentionMetadataBuilder[MixerMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
         **_: Any,
-    ) -> MixerMetadata:
-        """Metadata of one batch; see the base class."""
+    ) -> StepRows:
+        """Rows of one batch; see the base class."""
         m = common_attn_metadata
         table = mamba_get_block_table_tensor(
             m.block_table_tensor, m.seq_lens, self.kv_cache_spec, self.vllm_config.cache_config.mamba_cache_mode
         )
-        offsets = m.query_start_loc_cpu.tolist()
-        rows = [
-            (slot, start, first, end - first)
-            for slot, start, first, end in zip(
-                table[:, 0].tolist(), m.compute_num_computed_tokens().tolist(), offsets, offsets[1:], strict=False
-            )
-            if slot != NULL_BLOCK_ID and end > first
-        ]
-        tokens = [torch.arange(first, first + n) for _, _, first, n in rows]
-        positions = [torch.arange(start, start + n) for _, start, _, n in rows]
-        nothing = torch.empty(0, dtype=torch.int64)
-        return MixerMetadata(
-            [slot for slot, *_ in rows],
-            [start for _, start, *_ in rows],
-            [n for *_, n in rows],
-            torch.cat([nothing, *tokens]).to(self.device),
-            torch.cat([nothing, *positions]).to(self.device),
-        )
+        R = m.num_reqs
+        slot_R, start_R, first_R1 = self.slot_R[:R], self.start_R[:R], self.first_R1[: R + 1]
+        slot_R.copy_(torch.where(table[:R, 0] == NULL_BLOCK_ID, -1, table[:R, 0]))
+        start_R.copy_(m.compute_num_computed_tokens()[:R])
+        first_R1.copy_(m.query_start_loc[: R + 1])
+        lengths = m.query_start_loc_cpu[: R + 1].diff().tolist()
+        return StepRows(slot_R, start_R, first_R1, lengths, m.max_query_len)
 
 
 class MixerBackend(AttentionBackend):

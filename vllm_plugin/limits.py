@@ -9,10 +9,10 @@ from mamba_hybrid_kernels import SlotLayout
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from mamba_hybrid.config import ATTENTION
+from mamba_hybrid.config import ATTENTION, MIXER
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.mamba_hybrid")
 
@@ -27,28 +27,31 @@ class Limits(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what is not there, and switch prefix caching off where vLLM's does not fit.
 
-        When it caches prefixes, vLLM copies the state between blocks: with speculation by rules for one state per
-        drafted token, which a slot is not; and in a model without attention layers it may end a block's last chunk
-        before the block's end, which makes the cached state one of an earlier position. The tokens are the same
+        When it caches prefixes, vLLM copies the state between blocks. Its Model Runner V1 does so by rules for one
+        state per drafted token, which a slot is not (V2 lets us copy: `snapshots.py`). A draft model's mixers work in
+        blocks that the target has not come to yet. And in a model without attention layers vLLM may end a block's last
+        chunk before the block's end, which makes the cached state one of an earlier position. The tokens are the same
         without the cache, so this is a warning and not an error.
 
         Raises:
-            ValueError: more than one device, or a state dtype other than fp32 and bf16.
+            ValueError: KV heads that do not divide among the devices, or a state dtype other than fp32 and bf16.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-        for flag, size in (
-            ("--tensor-parallel-size", parallel.tensor_parallel_size),
-            ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
-        ):
-            if size != 1:
-                raise ValueError(f"{flag} {size}: a hybrid is served by one device per replica; use {flag} 1")
+        devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
+        if groups % devices:
+            raise ValueError(
+                f"--tensor-parallel-size {devices} does not divide the model's {groups} key/value heads; a mixer is "
+                "cut between them"
+            )
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             raise ValueError(
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
             )
-        obstacle = None
-        if vllm_config.speculative_config is not None:
-            obstacle = "with speculative decoding"
+        obstacle, speculative = None, vllm_config.speculative_config
+        if speculative is not None and not vllm_config.use_v2_model_runner:
+            obstacle = "with speculative decoding on Model Runner V1"
+        elif speculative is not None and speculative.uses_draft_model() and _has_mixers(speculative.draft_model_config):
+            obstacle = "with a draft model that has mixers"
         elif ATTENTION not in vllm_config.model_config.hf_config.layer_types:
             obstacle = "without attention layers"
         if cache.enable_prefix_caching and obstacle:
@@ -60,8 +63,12 @@ class Limits(VerifyAndUpdateConfig):
             cache.enable_prefix_caching = False
 
 
+def _has_mixers(model_config: ModelConfig) -> bool:
+    return MIXER in (getattr(model_config.hf_config, "layer_types", None) or ())
+
+
 def slot_layout(vllm_config: VllmConfig, *, draft: bool = False) -> SlotLayout:
-    """Slot of one sequence in one mixer layer.
+    """Slot of one sequence in one mixer layer, on one device.
 
     Args:
         vllm_config: the engine's.
@@ -69,7 +76,8 @@ def slot_layout(vllm_config: VllmConfig, *, draft: bool = False) -> SlotLayout:
     """
     K = vllm_config.num_speculative_tokens
     step, rewind = (K + 2, K + 2) if draft else (K + 1, K + 1 if K else 0)
-    return vllm_config.model_config.hf_config.slot_layout(
+    config = vllm_config.model_config.hf_config.shard(vllm_config.parallel_config.tensor_parallel_size)
+    return config.slot_layout(
         dtype=vllm_config.model_config.dtype,
         state_dtype=STATE_DTYPES[vllm_config.cache_config.mamba_ssm_cache_dtype],
         step=step,

@@ -1,20 +1,23 @@
 """The mixer layer inside vLLM: the engine's linear layers around the `MixerCore` that transformers runs too.
 
-Shapes: M tokens of the batch (the live ones inside `conv_ssm_forward`), D model width, H query heads, G key/value
-heads, S state heads, P head width, N state width, X the projections side by side.
+Shapes: M tokens of the batch, padding included, D model width; on one device H query heads, G key/value heads, S state
+heads, P head width, N state width, X what the mixer's op reads side by side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import vllm.model_executor.layers.mamba.mamba_mixer2  # noqa: F401  (defines the custom op below)
-from mamba_hybrid_kernels import SlotTensors
+from mamba_hybrid_kernels import SlotTensors, StepRows, readout, replay, short_conv_step
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
@@ -26,7 +29,7 @@ from .limits import slot_layout
 
 
 class MixerLayer(nn.Module, MambaBase):
-    """A mixer whose slots are blocks of vLLM's cache, one a sequence.
+    """A mixer whose slots are blocks of vLLM's cache, one a sequence. With several devices each has whole KV groups.
 
     Args:
         vllm_config: the engine's.
@@ -36,35 +39,60 @@ class MixerLayer(nn.Module, MambaBase):
 
     def __init__(self, vllm_config: VllmConfig, config: HybridMambaConfig, prefix: str) -> None:
         super().__init__()
-        D, H, P, S = config.hidden_size, config.num_attention_heads, config.head_dim, config.state_heads
+        D, H, P, N = config.hidden_size, config.num_attention_heads, config.head_dim, config.state_size
         quant = vllm_config.quant_config
         self.prefix = prefix
         self.qkv_proj = QKVParallelLinear(
-            D,
-            config.state_size,
-            H,
-            config.num_key_value_heads,
-            bias=config.qkv_bias,
-            quant_config=quant,
-            prefix=f"{prefix}.qkv_proj",
+            D, N, H, config.num_key_value_heads, bias=config.qkv_bias, quant_config=quant, prefix=f"{prefix}.qkv_proj",
             v_head_size=P,
-        )
+        )  # fmt: skip
         self.z_proj = None
         if config.gate != "none":
-            self.z_proj = ReplicatedLinear(D, H * P, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj")
+            self.z_proj = ColumnParallelLinear(D, H * P, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj")
         # a handful of rows that set the decay: not worth the error of quantising them
-        self.dt_proj = ReplicatedLinear(D, S, bias=False, prefix=f"{prefix}.dt_proj")
+        self.dt_proj = ColumnParallelLinear(D, config.state_heads, bias=False, prefix=f"{prefix}.dt_proj")
         self.o_proj = RowParallelLinear(H * P, D, bias=config.o_bias, quant_config=quant, prefix=f"{prefix}.o_proj")
-        self.core = MixerCore(config).float()
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.config = config.shard(get_tensor_model_parallel_world_size())
+        self.core = MixerCore(self.config).float()
+        for name, parameter in self.core.named_parameters():
+            parameter.weight_loader = self._loader(name)  # type: ignore[attr-defined]
+        self.A_S: Tensor  # of the weights as loaded
+        self.register_buffer("A_S", self.core.A_S.detach(), persistent=False)
+        self.rotary_emb: nn.Module | None = None
+        if config.ssm_rope:
+            self.rotary_emb = get_rope(N, config.max_position_embeddings, rope_parameters=config.rope_parameters)
         self.layout = slot_layout(vllm_config, draft=prefix.startswith("draft_model"))
-        self.widths = [H * config.state_size, config.num_key_value_heads * config.state_size]
-        self.widths += [config.num_key_value_heads * P, S, H * P if self.z_proj is not None else 0]
+        H, G, S = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.state_heads
+        dtype = vllm_config.model_config.dtype
+        self.qkv_widths = [H * N, G * N, G * P]
+        # dt is fp32 whatever the others are, so its bits travel as that many of theirs
+        self.widths = [*self.qkv_widths, S * 4 // dtype.itemsize, H * P if self.z_proj is not None else 0]
         self.kv_cache: tuple[Tensor, ...] = tuple(torch.empty(0) for _ in self.layout.fields())
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"two layers are named {prefix}")
         layers[prefix] = self
+
+    def _loader(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        """Loads this device's part of a parameter of the core."""
+        rank, devices = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        G, P, N = self.config.num_key_value_heads, self.config.head_dim, self.config.state_size
+        # the convolution's channels are x, B and C side by side, each cut by head; the others are heads only
+        parts = [G * P, G * N, self.config.num_attention_heads * N] if name in ("conv_weight", "conv_bias") else None
+
+        def load(parameter: Tensor, loaded: Tensor) -> None:
+            if name == "conv_silu":
+                mine = loaded
+            elif parts is None:
+                mine = loaded.chunk(devices)[rank]
+            else:
+                whole = loaded.split([width * devices for width in parts])
+                mine = torch.cat([part.chunk(devices)[rank] for part in whole])
+            if mine.shape != parameter.shape:
+                raise ValueError(f"{self.prefix}.core.{name} of shape {tuple(loaded.shape)} does not fit the model")
+            parameter.data.copy_(mine)
+
+        return load
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -89,44 +117,48 @@ class MixerLayer(nn.Module, MambaBase):
             num_speculative_blocks=0,
         )
 
-    def forward(self, hidden_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
-        parts = [self.qkv_proj(hidden_MD)[0], self.dt_proj(hidden_MD)[0]]
+    def forward(self, positions_M: Tensor, hidden_MD: Tensor) -> Tensor:
+        """(M, D) -> (M, D). What is element by element stands here, where the engine's compiler fuses it."""
+        q, k, v = self.qkv_proj(hidden_MD)[0].split(self.qkv_widths, -1)
+        if self.rotary_emb is not None and not self.config.short_conv:
+            q, k = self.rotary_emb(positions_M, q, k)
+        dt_MS = self.core.step_size(self.dt_proj(hidden_MD)[0])
+        parts = [q, k, v, dt_MS.view(hidden_MD.dtype)]
         if self.z_proj is not None:
             parts.append(self.z_proj(hidden_MD)[0])
-        out = hidden_MD.new_empty(len(hidden_MD), self.o_proj.input_size)
+        out = hidden_MD.new_empty(len(hidden_MD), self.o_proj.input_size_per_partition)
         # vLLM's own op: it cuts the compiled graph here, finds this layer by name and calls conv_ssm_forward
         torch.ops.vllm.mamba_mixer2(torch.cat(parts, -1), out, _encode_layer_name(self.prefix))
         return self.o_proj(out)[0]
 
     def conv_ssm_forward(self, projected_states: Tensor, output: Tensor) -> None:
-        """Everything between the projections, with the slots of this batch.
+        """What needs the slots of this batch.
 
         Args:
-            projected_states: (M, X), q | k | v | dt | z.
-            output: (M, H P), written.
+            projected_states: (M, X), q | k | v | dt | z, q and k rotated where nothing else comes before that.
+            output: (M, H P), written; padding becomes 0.
         """
-        output.zero_()  # rows that are padding
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # a run that only measures memory: there are no slots yet
+            output.zero_()
             return
-        rows = metadata[self.prefix]
-        if not rows.lengths:
-            return
-        q, k, v, dt, z = projected_states[rows.tokens_M].split(self.widths, -1)
-        cos, sin = self.rotary_emb(q.float(), rows.positions_M[None])
+        rows: StepRows = metadata[self.prefix]
         slots = SlotTensors(**dict(zip(self.layout.fields(), self.kv_cache, strict=True)))
-        output[rows.tokens_M] = self.core.step(
-            q,
-            k,
-            v,
-            dt,
-            z if self.z_proj is not None else None,
-            cos[0],
-            sin[0],
-            slots,
-            self.layout,
-            rows.slot_ids,
-            rows.starts,
-            rows.lengths,
-        ).to(output.dtype)
+        q, k, v, dt, z = projected_states.split(self.widths, -1)
+
+        def conv(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return short_conv_step(slots, self.layout, rows, raw, weight, bias)
+
+        x, b, c = self.core.split(q, k, v, conv)
+        if self.config.short_conv and self.rotary_emb is not None:
+            # padding may stand anywhere, the rotary table ends somewhere
+            positions_M = rows.positions(len(q)).clamp(0, self.config.max_position_embeddings - 1)
+            c, b = (t.unflatten(-1, (-1, self.config.state_size)) for t in self.rotary_emb(
+                positions_M, c.flatten(-2), b.flatten(-2)
+            ))  # fmt: skip
+        near, far = replay(slots, self.layout, rows, x, dt.view(torch.float32), self.A_S, b, c, self.core.D)
+        near_weight = self.core.near_weight if self.config.window else None
+        readout(
+            near, far, z if self.z_proj is not None else None, near_weight, self.core.far_weight,
+            gate=self.config.gate, norm=self.config.norm, eps=self.config.rms_norm_eps, live=rows.live, out=output,
+        )  # fmt: skip

@@ -46,13 +46,12 @@ class MixerDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, positions: Tensor, hidden_MD: Tensor, residual_MD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As vLLM's layers: the residual travels beside the hidden states. The mixers take positions from the
-        scheduler's metadata, which names their slots too."""
+        """As vLLM's layers: the residual travels beside the hidden states."""
         if residual_MD is None:
             residual_MD, hidden_MD = hidden_MD, self.input_layernorm(hidden_MD)
         else:
             hidden_MD, residual_MD = self.input_layernorm(hidden_MD, residual_MD)
-        hidden_MD, residual_MD = self.post_attention_layernorm(self.mixer(hidden_MD), residual_MD)
+        hidden_MD, residual_MD = self.post_attention_layernorm(self.mixer(positions, hidden_MD), residual_MD)
         return self.mlp(hidden_MD), residual_MD
 
 
@@ -76,6 +75,19 @@ class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)  # type: ignore[arg-type]
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls this when the weights are there, and again when they are replaced."""
+        for module in self.modules():
+            if isinstance(module, MixerLayer):
+                module.A_S.copy_(module.core.A_S)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """What Model Runner V2 keeps of a batch between steps."""
+        from .snapshots import SnapshotState  # V2's modules need Triton, which V1 on a CPU does without
+
+        return SnapshotState
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:

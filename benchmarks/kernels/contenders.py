@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import peers
 import torch
 from gate import must_match
-from mamba_hybrid_kernels import SlotTensors, replay
+from mamba_hybrid_kernels import SlotTensors, StepRows, replay
 from mamba_hybrid_kernels.verify import verify
 from steps import DEVICE, HEADS, SAMPLE, WIDTH, Step, advance, sets_for, slot_rows, spread
 
@@ -121,7 +121,7 @@ class Ours(Contender):
             self.call(i, way)
             slot = self.slot[i, :live].tolist()
             near, far = replay(
-                want, self.step.layout, slot, [self.step.start] * live, [T] * live,
+                want, self.step.layout, StepRows.of(slot, [self.step.start] * live, [T] * live, DEVICE),
                 x[span], dt[span], A, B[span], C[span], D, backend="reference",
             )  # fmt: skip
             must_match("far", self.far[span], far, OUTPUTS)

@@ -3,12 +3,13 @@
 - `ssd`: the state-space recurrence over whole sequences (training, scoring).
 - `window`: softmax attention over the last `window` tokens.
 - `readout`: norm, weights and gate after window and state.
-- `slot` and `replay`: what one sequence keeps between steps, and the step that continues from it.
+- `slot`, `rows` and `replay`: what one sequence keeps between steps, the sequences of a step, and the step itself.
 """
 
 from .conv import short_conv, short_conv_step
 from .readout import head_norm, readout
 from .replay import replay
+from .rows import StepRows
 from .slot import SlotLayout, SlotTensors
 from .ssd import delay, ssd
 from .window import window_attention
@@ -16,6 +17,7 @@ from .window import window_attention
 __all__ = [
     "SlotLayout",
     "SlotTensors",
+    "StepRows",
     "delay",
     "head_norm",
     "readout",

@@ -5,11 +5,10 @@ Shapes: B batch, L length, M tokens of a step, C channels, K width.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
+from .rows import StepRows
 from .slot import SlotLayout, SlotTensors
 from .ssd import delay
 
@@ -36,9 +35,7 @@ def short_conv(raw_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor, *, doc_BL: Te
 def short_conv_step(
     slots: SlotTensors,
     layout: SlotLayout,
-    slot_ids: list[int],
-    starts: list[int],
-    lengths: list[int],
+    rows: StepRows,
     raw_MC: Tensor,
     weight_CK: Tensor,
     bias_C: Tensor,
@@ -47,7 +44,7 @@ def short_conv_step(
 ) -> Tensor:
     """`short_conv` of a ragged step; the inputs before it come from the slots' ring, which takes up the new ones.
 
-    Args and the order of tokens as in `replay.replay`; `conv_step.conv_step` is the same with rows on the device.
+    Args and the order of tokens as in `replay.replay`.
 
     Raises:
         ValueError: an unknown backend.
@@ -57,21 +54,16 @@ def short_conv_step(
     if backend == "triton":
         from .conv_step import conv_step  # Triton is needed to run, not to import
 
-        first = [0, *accumulate(lengths)]
-        slot_R, start_R, first_R1 = (
-            torch.tensor(t, dtype=torch.int32, device=raw_MC.device) for t in (slot_ids, starts, first)
-        )
-        return conv_step(slots, layout, slot_R, start_R, first_R1, raw_MC, weight_CK, bias_C)
+        return conv_step(slots, layout, rows.slot_R, rows.start_R, rows.first_R1, raw_MC, weight_CK, bias_C)
     if backend != "reference":
         raise ValueError(f"backend {backend!r} is none of 'reference', 'triton'")
-    reach, ring, at = layout.conv - 1, layout.conv_ring, 0
-    out = torch.empty_like(raw_MC)
-    for slot, p, T in zip(slot_ids, starts, lengths, strict=True):
+    reach, ring = layout.conv - 1, layout.conv_ring
+    out = torch.zeros_like(raw_MC)
+    for slot, p, at, T in rows.on_host():
         new = raw_MC[at : at + T]
         past = torch.arange(p - reach, p, device=new.device)
-        rows = torch.where((past >= 0)[:, None], slots.conv[slot, past % ring], 0)
-        out[at : at + T] = short_conv(torch.cat([rows, new])[None], weight_CK, bias_C)[0, reach:]
+        before = torch.where((past >= 0)[:, None], slots.conv[slot, past % ring], 0)
+        out[at : at + T] = short_conv(torch.cat([before, new])[None], weight_CK, bias_C)[0, reach:]
         kept = torch.arange(max(p, p + T - ring), p + T, device=new.device)
         slots.conv[slot, kept % ring] = new[kept - p]
-        at += T
     return out

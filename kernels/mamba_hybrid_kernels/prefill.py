@@ -185,10 +185,10 @@ def walk_launch(x: Tensor, rows: int, tokens: int, chunk: int, shape: tuple[int,
     walk = states_launch(x, rows * S)
     if x.element_size() > 2:
         return walk
-    walk = replace(walk, block_p=64, block_n=128)
+    walk = replace(walk, block_p=64, block_n=128, **({"block_j": 128, "stages": 2} if chunk >= 128 else {}))
     tiles = rows * S * triton.cdiv(P, 64) * triton.cdiv(N, 128)
-    # enough programs to fill a large GPU, pieces of two chunks at least
-    pieces = min(MOST_PIECES, triton.next_power_of_2(PROGRAMS // tiles), triton.next_power_of_2(tokens // chunk) // 2)
+    # enough programs to fill a large GPU, pieces of four chunks at least
+    pieces = min(MOST_PIECES, triton.next_power_of_2(PROGRAMS // tiles), triton.next_power_of_2(tokens // chunk) // 4)
     return replace(walk, pieces=max(pieces, 1))
 
 

@@ -50,6 +50,8 @@ def readout(
     gate: str = "sigmoid",
     norm: str = "before_gate",
     eps: float = 1e-5,
+    live: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """What o_proj reads.
@@ -62,6 +64,8 @@ def readout(
         gate: "sigmoid", "silu" or "none".
         norm: "before_gate" or "after_gate".
         eps: of the norm.
+        live: (1,) integer on the device, how many of the M tokens are no padding; the others become 0.
+        out: where to write, (M, H P), contiguous; allocated when None.
         backend: "reference" (plain PyTorch, differentiable) or "triton" (no gradients); None is Triton on a GPU where
             no gradient is asked for.
 
@@ -80,9 +84,12 @@ def readout(
         raise ValueError(f"gate {gate!r} is none of {GATES}, or z does not fit it")
     backend = backend or ("triton" if far.is_cuda and not torch.is_grad_enabled() else "reference")
     if backend == "reference":
-        return readout_reference(near, far, z, near_weight_HP, far_weight_HP, gate, norm, eps)
+        result = readout_reference(near, far, z, near_weight_HP, far_weight_HP, gate, norm, eps)
+        if live is not None:
+            result[int(live) :] = 0
+        return result if out is None else out.copy_(result)
     if backend != "triton":
         raise ValueError(f"backend {backend!r} is none of 'reference', 'triton'")
     from .readout_launch import launch  # Triton is needed to run, not to import
 
-    return launch(near, far, z, near_weight_HP, far_weight_HP, gate, norm, eps)
+    return launch(near, far, z, near_weight_HP, far_weight_HP, live, out, gate, norm, eps)

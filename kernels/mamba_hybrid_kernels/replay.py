@@ -18,11 +18,10 @@ See `slot.py` for when a flush happens and why no read collides with a write.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
+from .rows import StepRows
 from .slot import SlotLayout, SlotTensors
 from .ssd import ssd
 from .window import window_attention
@@ -31,9 +30,7 @@ from .window import window_attention
 def replay(
     slots: SlotTensors,
     layout: SlotLayout,
-    slot_ids: list[int],
-    starts: list[int],
-    lengths: list[int],
+    rows: StepRows,
     x_MGP: Tensor,
     dt_MS: Tensor,
     A_S: Tensor,
@@ -43,16 +40,12 @@ def replay(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Advance a ragged batch of sequences by lengths[r] tokens each and update their slots in place.
+    """Advance a ragged batch of sequences by their new tokens and update their slots in place.
 
     Args:
         slots: the layer's slots.
         layout: their layout.
-        slot_ids: slot of each row; no slot twice.
-        starts: position of each row's first token. It may be smaller than in the step before, by up to
-            layout.rewind from that step's end; 0 starts a sequence and ignores what the slot holds.
-        lengths: tokens of each row, at least 1. Up to layout.step they are a decode or verify step (any of them
-            may be taken back later), above that a prefill.
+        rows: which sequences, where they stand and how many tokens each of them gets.
         x_MGP, B_MGN: values and (rotated) keys of the new tokens, layout.dtype.
         dt_MS: step sizes after softplus, fp32.
         A_S: decay rates, negative, fp32.
@@ -61,46 +54,44 @@ def replay(
         backend: "reference" (plain PyTorch, the CPU path) or "triton" (`verify` and `prefill`); None picks by device.
 
     Returns:
-        near (M, H, P) or None without a window, and far (M, H, P), both fp32.
+        near (M, H, P) or None without a window, and far (M, H, P): fp32, from the Triton kernels in C's dtype. What
+        they hold for tokens that are padding means nothing.
 
     Raises:
-        ValueError: rows that do not add up to the tokens, an unknown backend, or what the Triton kernels do not take.
+        ValueError: more rows than tokens, an unknown backend, or what the Triton kernels do not take.
     """
     backend = backend or ("triton" if x_MGP.is_cuda else "reference")
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend {backend!r} is none of 'reference', 'triton'")
-    if sum(lengths) != x_MGP.shape[0] or min(lengths, default=1) < 1:
-        raise ValueError(f"rows of {lengths} tokens do not make up {x_MGP.shape[0]} tokens")
-    H, P = C_MHN.shape[1], x_MGP.shape[2]
-    far_MHP = torch.empty(len(x_MGP), H, P, dtype=torch.float32, device=x_MGP.device)
-    near_MHP = torch.empty_like(far_MHP) if layout.window else None
+    if sum(rows.lengths) > x_MGP.shape[0]:
+        raise ValueError(f"rows of {rows.lengths} tokens are more than {x_MGP.shape[0]} tokens")
+    H, P, device = C_MHN.shape[1], x_MGP.shape[2], x_MGP.device
     if backend == "triton":
-        inputs = (x_MGP, dt_MS, A_S, B_MGN, C_MHN, D_H)
-        _launch(slots, layout, slot_ids, starts, lengths, inputs, near_MHP, far_MHP)
+        far_MHP = C_MHN.new_empty(len(x_MGP), H, P)
+        near_MHP = torch.empty_like(far_MHP) if layout.window else None
+        _launch(slots, layout, rows, (x_MGP, dt_MS, A_S, B_MGN, C_MHN, D_H), near_MHP, far_MHP)
         return near_MHP, far_MHP
-    first, short = 0, []
-    for r, T in enumerate(lengths):
+    far_MHP = torch.zeros(len(x_MGP), H, P, device=device)
+    near_MHP = torch.zeros_like(far_MHP) if layout.window else None
+    short = []
+    for row in rows.on_host():
+        slot, start, first, T = row
         if layout.step >= T:
-            short.append((r, first))
-        else:
-            span = slice(first, first + T)
-            near, far_MHP[span] = _prefill(
-                slots, layout, slot_ids[r], starts[r],
-                x_MGP[span], dt_MS[span], A_S, B_MGN[span], C_MHN[span], D_H,
-            )  # fmt: skip
-            if near_MHP is not None:
-                near_MHP[span] = near
-        first += T
+            short.append(row)
+            continue
+        span = slice(first, first + T)
+        near, far_MHP[span] = _prefill(
+            slots, layout, slot, start, x_MGP[span], dt_MS[span], A_S, B_MGN[span], C_MHN[span], D_H
+        )
+        if near_MHP is not None:
+            near_MHP[span] = near
     if short:
-        rows = [r for r, _ in short]
-        index = torch.tensor([list(range(f, f + lengths[r])) + [f] * (layout.step - lengths[r]) for r, f in short])
-        index = index[:, : max(lengths[r] for r in rows)].to(x_MGP.device)
-        valid = torch.tensor([[i < lengths[r] for i in range(index.shape[1])] for r in rows], device=x_MGP.device)
+        slot_R, start_R, first_R, T_R = torch.tensor(short, device=device).T
+        i_T = torch.arange(int(T_R.max()), device=device)
+        valid = i_T < T_R[:, None]
+        index = first_R[:, None] + torch.where(valid, i_T, 0)
         near, far = _verify(
-            slots, layout,
-            torch.tensor([slot_ids[r] for r in rows], device=x_MGP.device),
-            torch.tensor([starts[r] for r in rows], device=x_MGP.device),
-            valid, x_MGP[index], dt_MS[index], A_S, B_MGN[index], C_MHN[index], D_H,
+            slots, layout, slot_R, start_R, valid, x_MGP[index], dt_MS[index], A_S, B_MGN[index], C_MHN[index], D_H,
         )  # fmt: skip
         far_MHP[index[valid]] = far[valid]
         if near_MHP is not None:
@@ -108,26 +99,27 @@ def replay(
     return near_MHP, far_MHP
 
 
-def _launch(slots, layout, slot_ids, starts, lengths, inputs, near_MHP, far_MHP) -> None:
+def _launch(slots, layout, rows, inputs, near_MHP, far_MHP) -> None:
     """The Triton kernels: verify for the rows of at most layout.step tokens, prefill for the others."""
     from .prefill import prefill  # Triton is needed to run, not to import
     from .verify import verify
 
-    first = [0, *accumulate(lengths)]
-    short = [layout.step >= T for T in lengths]
-
-    def rows(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=far_MHP.device)
-
-    start_R, first_R1 = rows(starts), rows(first)
     outputs = {"near_MHP": near_MHP, "far_MHP": far_MHP}
-    if any(short):
-        slot_R = rows([slot if mine else -1 for slot, mine in zip(slot_ids, short, strict=True)])
-        most = max(T for T, mine in zip(lengths, short, strict=True) if mine)
-        verify(slots, layout, slot_R, start_R, first_R1, *inputs, max_tokens=most, **outputs)
-    if not all(short):
-        slot_R = rows([-1 if mine else slot for slot, mine in zip(slot_ids, short, strict=True)])
-        prefill(slots, layout, slot_R, start_R, first_R1, lengths, *inputs, **outputs)
+    long = [] if rows.most <= layout.step else [r for r, T in enumerate(rows.lengths) if layout.step < T]
+    # `verify` passes over rows that are longer than a step
+    most = min(rows.most, layout.step) if not long else max((T for T in rows.lengths if layout.step >= T), default=0)
+    if most:
+        verify(
+            slots, layout, rows.slot_R, rows.start_R, rows.first_R1, *inputs, max_tokens=most, **outputs
+        )  # fmt: skip
+    if long:
+        # mostly side by side: an engine puts them behind the others
+        span = slice(long[0], long[-1] + 1)
+        lengths, first_R1 = rows.lengths[span], rows.first_R1[span.start : span.stop + 1]
+        slot_R = rows.slot_R[span]
+        if len(long) < len(lengths):
+            slot_R = torch.where(first_R1.diff() > layout.step, slot_R, -1)
+        prefill(slots, layout, slot_R, rows.start_R[span], first_R1, lengths, *inputs, **outputs)
 
 
 def _verify(slots, layout, slot_R, start_R, valid_RT, x_RTGP, dt_RTS, A_S, B_RTGN, C_RTHN, D_H):

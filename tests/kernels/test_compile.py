@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 import triton
-from mamba_hybrid_kernels import SlotLayout, SlotTensors
+from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows
 from mamba_hybrid_kernels.launch import TABLES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -140,5 +140,7 @@ def test_convolution_compiles(compiled):
 
     layout = SlotLayout(2, 2, 8, 64, 64, 64, conv=4, dtype=torch.bfloat16, step=4, rewind=4)
     raw, weight = torch.zeros(9, layout.channels, dtype=torch.bfloat16), torch.zeros(layout.channels, 4)
-    short_conv_step(SlotTensors.allocate(layout, 1), layout, [0], [0], [9], raw, weight, weight[:, 0], backend="triton")
+    short_conv_step(
+        SlotTensors.allocate(layout, 1), layout, StepRows.of([0], [0], [9]), raw, weight, weight[:, 0], backend="triton"
+    )
     assert len(compiled) == 1

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from mamba_hybrid_kernels import SlotLayout, SlotTensors, short_conv, short_conv_step
+from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows, short_conv, short_conv_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,7 +34,9 @@ def test_steps_equal_the_whole(drafts):
     slots.conv.fill_(float("nan"))
     position = 0
     for tokens in (1, 20, 2, 1, *[drafts + 1] * 8):
-        got = short_conv_step(slots, layout, [0], [position], [tokens], raw[position : position + tokens], weight, bias)
+        got = short_conv_step(
+            slots, layout, StepRows.of([0], [position], [tokens]), raw[position : position + tokens], weight, bias
+        )
         torch.testing.assert_close(got, want[position : position + tokens], rtol=1e-5, atol=1e-5)
         accepted = max(1, tokens - 2) if tokens == drafts + 1 else tokens  # the next step takes the rest back
         position += accepted
@@ -58,7 +60,7 @@ def test_triton_steps_equal_the_reference(drafts, dtype):
     for _ in range(12):
         lengths = [rng.choice([1, 2, drafts + 1, 17, 40]) for _ in starts]
         raw = torch.randn(sum(lengths), C + 3, device=DEVICE).to(dtype)[:, :C]
-        args = ([2, 0], starts, lengths, raw, weight, bias)
+        args = (StepRows.of([2, 0], starts, lengths, DEVICE), raw, weight, bias)
         got = short_conv_step(slots, layout, *args, backend="triton")
         expected = short_conv_step(want, layout, *args, backend="reference")
         torch.testing.assert_close(got, expected, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mamba_hybrid_kernels import SlotLayout, SlotTensors, replay
+from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows, replay
 
 from .test_replay import Sequence, poisoned
 from .test_verify import error, layout_of, move, strided, to
@@ -88,7 +88,16 @@ def fuzz(seed: int, steps: int, prompts: list[int]) -> None:
         x, dt, B, C = to(DEVICE, *parts)
         wanted = SlotTensors(**{name: t.clone() for name, t in vars(slots).items() if t is not None})
         want = replay(
-            wanted, layout, rows, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE), backend="reference"
+            wanted,
+            layout,
+            StepRows.of(rows, starts, lengths, DEVICE),
+            x,
+            dt,
+            A.to(DEVICE),
+            B,
+            C,
+            D.to(DEVICE),
+            backend="reference",
         )
         if long:
             got = run_prefill(slots, layout, rows, starts, lengths, parts, A, D, **kw)
@@ -167,7 +176,7 @@ def in_dtype(dtype, P, N, tokens, state_dtype=torch.float32):
     slots = move(slots, DEVICE) if DEVICE == "cuda" else SlotTensors(**{n: t.clone() for n, t in fields.items()})
     got = run_prefill(slots, layout, rows, starts, lengths, parts, A, D, dtype=dtype)
     x, dt, B, C = (t.float() for t in parts)
-    want = replay(exact, layout, rows, starts, lengths, x, dt, A, B, C, D)
+    want = replay(exact, layout, StepRows.of(rows, starts, lengths), x, dt, A, B, C, D)
     return slots, exact, got, want
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from mamba_hybrid_kernels import SlotLayout, SlotTensors, delay, replay
+from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows, delay, replay
 
 from .naive import naive_ssd, naive_window
 
@@ -78,7 +78,7 @@ def test_fuzz_against_whole_sequences(seed):
         parts = [running[slot].inputs(*step) for slot, step in zip(rows, steps, strict=True)]
         x, dt, B, C = (torch.cat(t) for t in zip(*parts, strict=True))
         starts, lengths = [running[slot].position for slot in rows], [tokens for tokens, _ in steps]
-        near, far = replay(slots, layout, rows, starts, lengths, x, dt, A, B, C, D)
+        near, far = replay(slots, layout, StepRows.of(rows, starts, lengths), x, dt, A, B, C, D)
         assert (near is None) == (layout.window == 0)
         at = 0
         for slot, (tokens, accepted) in zip(rows, steps, strict=True):
@@ -106,20 +106,22 @@ def test_a_drafter_may_be_rewound_past_its_own_drafts():
     for step in range(60):
         accepted = 1 + step % (drafts + 1)
         rows = [t[position : position + accepted] for t in seq.data]
-        near, far = replay(slots, layout, [0], [position], [accepted], *rows[:2], A, *rows[2:], D)
+        near, far = replay(slots, layout, StepRows.of([0], [position], [accepted]), *rows[:2], A, *rows[2:], D)
         torch.testing.assert_close(far.double(), seq.far[position : position + accepted], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(near.double(), seq.near[position : position + accepted], rtol=1e-4, atol=1e-4)
         position += accepted
         for guess in range(drafts):
             noise = [torch.rand_like(t[:1]) for t in seq.data]
-            replay(slots, layout, [0], [position + guess], [1], *noise[:2], A, *noise[2:], D)
+            replay(slots, layout, StepRows.of([0], [position + guess], [1]), *noise[:2], A, *noise[2:], D)
 
 
 def test_rows_must_add_up():
     layout = SlotLayout(1, 1, 1, 4, 4, 4)
     x = torch.zeros(3, 1, 4)
-    with pytest.raises(ValueError, match=r"\[2\] .* 3 tokens"):
-        replay(poisoned(layout, 1), layout, [0], [0], [2], x, x[..., 0], -torch.ones(1), x, x, torch.ones(1))
+    with pytest.raises(ValueError, match=r"\[4\] .* 3 tokens"):
+        replay(
+            poisoned(layout, 1), layout, StepRows.of([0], [0], [4]), x, x[..., 0], -torch.ones(1), x, x, torch.ones(1)
+        )
 
 
 def test_layout_arithmetic():

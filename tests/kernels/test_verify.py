@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from mamba_hybrid_kernels import SlotLayout, SlotTensors, replay
+from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows, replay
 
 from .test_replay import Sequence, poisoned
 
@@ -94,7 +94,16 @@ def fuzz(seed: int, steps: int, **shape) -> None:
             else:
                 x, dt, B, C = to(DEVICE, *parts)
                 near, far = replay(
-                    slots, layout, part, starts, lengths, x, dt, A.to(DEVICE), B, C, D.to(DEVICE), backend="reference"
+                    slots,
+                    layout,
+                    StepRows.of(part, starts, lengths, DEVICE),
+                    x,
+                    dt,
+                    A.to(DEVICE),
+                    B,
+                    C,
+                    D.to(DEVICE),
+                    backend="reference",
                 )
             at = 0
             for slot in part:
@@ -148,7 +157,7 @@ def one_step(dtype, state_dtype=torch.float32, *, window=16, seed=None):
     exact = SlotTensors(**copies)
     starts = [end - 3, end - 4]
     x, dt, B, C = (t.float() for t in parts)
-    want = replay(exact, layout, rows, starts, lengths, x, dt, A, B, C, D)
+    want = replay(exact, layout, StepRows.of(rows, starts, lengths), x, dt, A, B, C, D)
     slots = move(slots, DEVICE)
     slot_R, start_R, first_R1 = (torch.tensor(t, dtype=torch.int32) for t in (rows, starts, [0, 3, 7]))
     x, dt, B, C = to(DEVICE, *parts)
@@ -212,14 +221,15 @@ def test_replay_launches_verify_for_short_rows_and_prefill_for_long_ones():
             torch.randn(M, 4, 32, device=DEVICE),
             D,
         ]
-        got = replay(slots, layout, [2, 0], starts, lengths, *parts, backend="triton")
-        expected = replay(want, layout, [2, 0], starts, lengths, *parts, backend="reference")
+        rows = StepRows.of([2, 0], starts, lengths, DEVICE)
+        got = replay(slots, layout, rows, *parts, backend="triton")
+        expected = replay(want, layout, rows, *parts, backend="reference")
         for g, e in zip(got, expected, strict=True):
             torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
         assert torch.equal(slots.position[[0, 2]], want.position[[0, 2]])
         starts = [start + T for start, T in zip(starts, lengths, strict=True)]
     with pytest.raises(ValueError, match="nonsense"):
-        replay(slots, layout, [2, 0], starts, lengths, *parts, backend="nonsense")
+        replay(slots, layout, rows, *parts, backend="nonsense")
 
 
 def test_what_it_cannot_serve_is_one_clear_error():

@@ -10,13 +10,19 @@ import torch
 from mamba_hybrid.checkpoint import load_config
 from vllm_plugin.limits import Limits, slot_layout
 
+HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
 
-def engine(hf_config=None, *, drafts=0, tensor=1, pipeline=1, prefix=False, state="auto"):
+
+def engine(hf_config=HEADS, *, drafts=0, tensor=1, prefix=False, state="auto", v2=False, draft_layers=None):
     """The part of vLLM's configuration that is read."""
+    draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tensor),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
-        speculative_config=SimpleNamespace() if drafts else None,
+        speculative_config=SimpleNamespace(draft_model_config=draft, uses_draft_model=lambda: draft is not None)
+        if drafts
+        else None,
+        use_v2_model_runner=v2,
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
     )
@@ -25,8 +31,7 @@ def engine(hf_config=None, *, drafts=0, tensor=1, pipeline=1, prefix=False, stat
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"tensor": 2}, "--tensor-parallel-size 2"),
-        ({"pipeline": 2}, "--pipeline-parallel-size 2"),
+        ({"tensor": 4}, "--tensor-parallel-size 4 does not divide the model's 2 key/value heads"),
         ({"state": "float16"}, "--mamba-ssm-cache-dtype float16"),
     ],
 )
@@ -36,15 +41,22 @@ def test_refuses(changes, flag):
 
 
 @pytest.mark.parametrize(
-    ("layers", "drafts", "stays"),
+    ("layers", "changes", "stays"),
     [
-        (["full_attention", "linear_attention"], 0, True),
-        (["full_attention", "linear_attention"], 3, False),
-        (["linear_attention", "linear_attention"], 0, False),
+        (["full_attention", "linear_attention"], {}, True),
+        (["full_attention", "linear_attention"], {"drafts": 3}, False),
+        (["full_attention", "linear_attention"], {"drafts": 3, "v2": True}, True),
+        (["full_attention", "linear_attention"], {"drafts": 3, "v2": True, "draft_layers": ["full_attention"]}, True),
+        (
+            ["full_attention", "linear_attention"],
+            {"drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
+            False,
+        ),
+        (["linear_attention", "linear_attention"], {}, False),
     ],
 )
-def test_prefix_caching_where_it_fits(layers, drafts, stays):
-    config = engine(SimpleNamespace(layer_types=layers), prefix=True, drafts=drafts)
+def test_prefix_caching_where_it_fits(layers, changes, stays):
+    config = engine(SimpleNamespace(layer_types=layers, num_key_value_heads=2), prefix=True, **changes)
     Limits.verify_and_update_config(config)
     assert config.cache_config.enable_prefix_caching is stays
 
