@@ -20,6 +20,7 @@ class MixerMetadataBuilder(AttentionMetadataBuilder[StepRows]):
     which vLLM hands to its own builders only."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -49,11 +50,21 @@ class MixerMetadataBuilder(AttentionMetadataBuilder[StepRows]):
         )
         R = m.num_reqs
         slot_R, start_R, first_R1 = self.slot_R[:R], self.start_R[:R], self.first_R1[: R + 1]
-        slot_R.copy_(torch.where(table[:R, 0] == NULL_BLOCK_ID, -1, table[:R, 0]))
+        # rows without tokens are padding, whatever the table says
+        absent_R = (table[:R, 0] == NULL_BLOCK_ID) | (m.naive_query_lens()[:R] == 0)
+        slot_R.copy_(torch.where(absent_R, -1, table[:R, 0]))
         start_R.copy_(m.compute_num_computed_tokens()[:R])
         first_R1.copy_(m.query_start_loc[: R + 1])
+        self.source = m.seq_lens, m.query_start_loc
         lengths = m.query_start_loc_cpu[: R + 1].diff().tolist()
         return StepRows(slot_R, start_R, first_R1, lengths, m.max_query_len)
+
+    def update_draft_decode_metadata(self, metadata: StepRows) -> None:
+        """The rows of the next draft step, in place, inside a CUDA graph: same slots, later starts."""
+        R = len(metadata.slot_R)
+        seq_lens, query_start_loc = self.source
+        metadata.first_R1.copy_(query_start_loc[: R + 1])
+        metadata.start_R.copy_(seq_lens[:R] - query_start_loc[: R + 1].diff())
 
 
 class MixerBackend(AttentionBackend):

@@ -8,6 +8,7 @@ import torch
 from mamba_hybrid_kernels import SlotLayout
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from mamba_hybrid.config import ATTENTION, MIXER
 
@@ -48,9 +49,12 @@ class Limits(VerifyAndUpdateConfig):
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
             )
         obstacle, speculative = None, vllm_config.speculative_config
+        drafted = speculative is not None and speculative.uses_draft_model()
+        if drafted and vllm_config.use_v2_model_runner and current_platform.is_cuda() and parallel.worker_cls == "auto":
+            parallel.worker_cls = "vllm_plugin.worker.SpeculativeWorker"
         if speculative is not None and not vllm_config.use_v2_model_runner:
             obstacle = "with speculative decoding on Model Runner V1"
-        elif speculative is not None and speculative.uses_draft_model() and _has_mixers(speculative.draft_model_config):
+        elif speculative is not None and drafted and _has_mixers(speculative.draft_model_config):
             obstacle = "with a draft model that has mixers"
         elif ATTENTION not in vllm_config.model_config.hf_config.layer_types:
             obstacle = "without attention layers"
