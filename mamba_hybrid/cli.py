@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="make a hybrid of a Llama, Mistral or Qwen2"))
     _add_inspect(commands.add_parser("inspect", help="layers, parameters, bytes of a sequence"))
     _add_compare(commands.add_parser("compare", help="KL of students from their teacher on a text"))
+    _add_draft(commands.add_parser("draft", help="a drafter for a model: a few of its layers, to be distilled"))
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
     _add_generate(commands.add_parser("generate", help="answers to a file of prompts, resumable"))
@@ -154,6 +155,25 @@ def _compare(args: argparse.Namespace) -> int:
     print(format_distances(distances))
     if args.json:
         Path(args.json).write_text(json.dumps({k: dataclasses.asdict(d) for k, d in distances.items()}, indent=1))
+    return 0
+
+
+def _add_draft(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", metavar="SRC", help="checkpoint of the model to draft for")
+    p.add_argument("out", metavar="OUT", help="directory to write; appears only when it is whole")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--layers", type=int, default=2, metavar="N", help="layers to keep, evenly spread (2)")
+    which.add_argument("--keep-layers", type=_numbers, metavar="0,15,...", help="layers to keep")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT")
+    p.set_defaults(run=_draft)
+
+
+def _draft(args: argparse.Namespace) -> int:
+    from .draft import cut
+
+    layers = args.layers if args.keep_layers is None else args.keep_layers
+    kept = cut(args.source, args.out, layers=layers, overwrite=args.overwrite)
+    print(f"wrote {args.out} with layers {', '.join(map(str, kept))} of {args.source}")
     return 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from mamba_hybrid.checkpoint import load_model
 
 from .conftest import HERE
-from .tiny_hybrid import VOCAB, prompts, reference, write_noisy
+from .tiny_hybrid import VOCAB, prompts, reference, write_hybrid, write_noisy
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,7 @@ def test_batched_chunked_preempted(expected, generate):
     asked, answers = expected("shared")
     result = generate("shared", asked, enable_prefix_caching=False, num_gpu_blocks_override=9)
     assert result["rounds"] == [answers, answers]
+    assert "A sequence keeps 0.05 MiB of state (2 mixer layers" in result["log"]
     assert result["counters"]["num_preemptions"] > 0
     one_block_a_sequence(result)
     assert [[2, 32, 32], "torch.float32"] in result["slots"]["class"]
@@ -156,4 +157,31 @@ def test_prefix_caching(expected, generate):
     # pieces longer than a block, and no multiple of it
     result = generate("shared", asked, enable_prefix_caching=True, max_num_batched_tokens=300)
     assert result["rounds"] == [answers, answers]
+    assert result["counters"]["prefix_cache_hits"] > 0
+
+
+def test_tensor_parallel(expected, generate):
+    """Each of two processes has one of the two KV groups, and its channels of the convolution."""
+    asked, answers = expected("shared", prompts([1, 17, 65, 130, 221], seed=9))
+    result = generate("shared", asked, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, new=24, tensor_parallel_size=2)
+    assert result["rounds"] == [[tokens[:24] for tokens in answers]] * 2
+    assert result["slots"]["layers"]["model.layers.1.mixer"][0][0] == [1, 32, 32]
+
+
+def test_prefix_caching_with_drafts(expected, generate, tmp_path):
+    """Model Runner V2 copies whole slots, also where a verify step has ended beyond a block's end."""
+    long = prompts([300], seed=12)[0]
+    asked = [long[:n] for n in (250, 126, 124, 253)]
+    asked, answers = expected("shared", asked)
+    draft = write_hybrid(tmp_path / "draft", "shared", "A")
+    result = generate(
+        "shared",
+        asked,
+        {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}"},
+        new=14,
+        enable_prefix_caching=True,
+        max_num_batched_tokens=300,
+        speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
+    )
+    assert result["rounds"] == [[tokens[:14] for tokens in answers]] * 2
     assert result["counters"]["prefix_cache_hits"] > 0

@@ -1,0 +1,49 @@
+"""An engine under random arrivals, aborts, preemptions and draft lengths."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mamba_hybrid.checkpoint import load_model
+
+from .conftest import HERE
+from .tiny_hybrid import VOCAB, prompts, reference
+
+pytestmark = pytest.mark.slow
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
+
+
+def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path):
+    model = load_model(hybrids["heads"])
+    asked = prompts([1, 2, 17, 64, 65, 100, 114, 221, 240, 400])
+    answers = [reference(model, prompt, 48) for prompt in asked]
+    assert min(gap for _, gap in answers) > 1e-3
+    sequences = [prompt + tokens for prompt, (tokens, _) in zip(asked, answers, strict=True)]
+    oracle = {"sequences": sequences, "vocab": VOCAB}
+    (tmp_path / "oracle.json").write_text(json.dumps(oracle))
+    llm = {
+        "model": str(hybrids["heads"]), "dtype": "float32", "max_model_len": 700, "max_num_seqs": 4,
+        "max_num_batched_tokens": 64, "enforce_eager": True, "disable_log_stats": False,
+        "num_gpu_blocks_override": 7, "enable_prefix_caching": False,
+        "speculative_config": {"method": "custom_class", "model": "oracle.Oracle", "num_speculative_tokens": 4},
+    }  # fmt: skip
+    job = {
+        "llm": llm, "sequences": sequences, "lengths": [len(p) for p in asked], "seconds": SECONDS, "seed": 1,
+    }  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fuzz_run.py"), str(tmp_path / "job.json")],
+        env=environment | {"ORACLE_JOB": str(tmp_path / "oracle.json")},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS + 300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    counts = {name: int(n) for name, n in re.findall(r"(\w+)'?:? (\d+)", done.stdout)}
+    assert counts["finished"] > 5 and counts["aborted"] > 0 and counts["preempted"] > 0, done.stdout[-300:]
