@@ -127,7 +127,8 @@ def accepted_by_protocol(draft, prompt: list[int], answer: list[int], new: int, 
 
 
 def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
-    """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2."""
+    """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2: prompts and ragged
+    rounds by vLLM's drafter, the others as the rounds that `Drafter` puts into a graph on a GPU."""
     asked = prompts([1, 17, 64, 65, 130], seed=5)
     asked, answers = expected("shared", asked)
     draft = write_noisy(tmp_path / "draft", hybrids["shared"], 0.03)
@@ -139,6 +140,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
             "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}",
         },
         new=14,
+        worker_cls="round_worker.RoundWorker",
         speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
     )
     assert result["rounds"] == [[tokens[:14] for tokens in answers]] * 2
@@ -148,6 +150,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
     assert result["counters"]["spec_decode_num_accepted_tokens"] == 2 * simulated
     assert len(result["slots"]["layers"]) == 4
     assert result["slots"]["blocks"] == [0] * 4
+    assert "round 1 of" in result["log"]
 
 
 def test_prefix_caching(expected, generate):
