@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
     _add_generate(commands.add_parser("generate", help="answers to a file of prompts, resumable"))
+    _add_bench(commands.add_parser("bench", help="a model, its drafter and others under vLLM's load generator"))
     return parser
 
 
@@ -214,6 +215,19 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     from vllm_plugin.generate import run
+
+    return run(args)
+
+
+def _add_bench(p: argparse.ArgumentParser) -> None:
+    from vllm_plugin.bench import add_arguments
+
+    add_arguments(p)
+    p.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vllm_plugin.bench import run
 
     return run(args)
 

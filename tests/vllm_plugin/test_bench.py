@@ -1,0 +1,42 @@
+"""The bench command: what it refuses, and its table. Servers are started by `test_serve.py` only."""
+
+from __future__ import annotations
+
+import pytest
+
+from mamba_hybrid.cli import main
+from vllm_plugin.bench import Load, format_load, format_table, plot
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--clients", "1,x"], ["--clients 1,x"]),
+        (["--clients", "0"], ["--clients 0"]),
+        (["--rounds", "0"], ["--rounds 0"]),
+        (["--input-tokens", "1000"], ["--input-tokens 1000", "--output-tokens 128", "1024"]),
+        (["--draft", "nowhere"], ["nowhere"]),
+        (["--out", __file__], ["--out", "exists"]),
+    ],
+)
+def test_refused_before_a_server_starts(hybrids, capsys, flags, words):
+    assert main(["bench", "serve", str(hybrids["shared"]), *flags]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert all(word in errors[0] for word in words), errors
+
+
+def test_table_and_plot(tmp_path):
+    loads = [
+        Load("a", 1, 100.0, 20.0, 9.5), Load("a", 8, 400.0, 30.0, 12.0),
+        Load("a + d", 1, 210.0, 21.0, 4.5, 2.5), Load("a + d", 8, 500.0, 35.0, 10.0, 2.4),
+    ]  # fmt: skip
+    assert format_table(loads).splitlines() == [
+        "| tokens/s | 1 clients | 8 clients |",
+        "| --- | --- | --- |",
+        "| a | 100.0 (1.00x) | 400.0 (1.00x) |",
+        "| a + d | 210.0 (2.10x) | 500.0 (1.25x) |",
+    ]
+    assert format_load(loads[2]).endswith("then 4.50 ms each, 2.50 tokens a step")
+    plot(loads, tmp_path / "loads.png")
+    assert (tmp_path / "loads.png").stat().st_size > 1000

@@ -1,0 +1,249 @@
+"""`mamba-hybrid bench serve`: one server after another under vLLM's own load generator, in one table.
+
+Wraps `vllm serve` and `vllm bench serve`. Each system is a model, alone or with a drafter, and asked by some clients
+at once for random prompts. What is compared is measured in one go, on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mamba_hybrid.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+START_SECONDS, POLL_SECONDS = 900, 1.0
+LOG_LINES = 15  # of a server that did not start
+
+
+@dataclass
+class Load:
+    """One system under one load.
+
+    Args:
+        system: what is served.
+        clients: requests in flight.
+        tokens_per_second: generated tokens of all clients together.
+        ttft_ms, tpot_ms: mean time to the first token, and between tokens after it.
+        accepted: mean tokens of a step with drafts, None without.
+    """
+
+    system: str
+    clients: int
+    tokens_per_second: float
+    ttft_ms: float
+    tpot_ms: float
+    accepted: float | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments. Imports nothing heavy."""
+    p = parser
+    p.add_argument("what", choices=("serve",), help="serve: latency and throughput of a server")
+    p.add_argument("model", metavar="DIR", help="checkpoint")
+    p.add_argument("--draft", metavar="DIR", help="drafter: the model is also run with it")
+    p.add_argument("--drafts", type=int, default=4, metavar="K", help="drafted tokens a step (4)")
+    p.add_argument(
+        "--against", metavar="DIR", action="append", default=[], help="another model to run; may be repeated"
+    )
+    p.add_argument("--clients", default="1,8,32", metavar="1,8,...", help="requests in flight (1,8,32)")
+    p.add_argument("--input-tokens", type=int, default=512, help="of a prompt, random (512)")
+    p.add_argument("--output-tokens", type=int, default=128, help="of an answer (128)")
+    p.add_argument("--rounds", type=int, default=4, help="requests of a client (4)")
+    p.add_argument("--out", metavar="FILE.csv", help="write the table")
+    p.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
+    p.add_argument("--vllm-args", default="", metavar="'--flag ...'", help="flags of `vllm serve`, for every system")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve and ask each system.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: a checkpoint that cannot be served, a setting out of range, a file that exists, a server that does
+            not start or a load that fails, with the last lines of its log.
+    """
+    clients = _check(args)
+    flags = shlex.split(args.vllm_args)
+    systems = {args.model: [args.model]}
+    if args.draft:
+        speculative = json.dumps({"model": args.draft, "num_speculative_tokens": args.drafts})
+        systems[f"{args.model} + {args.draft}, {args.drafts} drafts"] = [
+            args.model,
+            "--speculative-config",
+            speculative,
+        ]
+    systems |= {path: [path] for path in args.against}
+    loads: list[Load] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of the moment ends too
+    for system, command in systems.items():
+        with serving([*command, *flags]) as port:
+            for n in clients:
+                loads.append(ask(system, command[0], port, n, args))
+                print(format_load(loads[-1]), flush=True)
+    print("\n" + format_table(loads))
+    if args.out:
+        with open(args.out, "x", newline="") as f:
+            writer = csv.DictWriter(f, [field.name for field in fields(Load)])
+            writer.writeheader()
+            writer.writerows(asdict(load) for load in loads)
+    if args.plot:
+        plot(loads, Path(args.plot))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> list[int]:
+    """The numbers of clients; raises for what cannot be run."""
+    from .checkpoint import check_servable
+
+    try:
+        clients = [int(n) for n in args.clients.split(",")]
+    except ValueError as e:
+        raise UserError(f"--clients {args.clients} is no list of numbers such as 1,8,32") from e
+    numbers = {"--clients": min(clients), "--drafts": args.drafts, "--input-tokens": args.input_tokens}
+    numbers |= {"--output-tokens": args.output_tokens, "--rounds": args.rounds}
+    for flag, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    for flag, path in (("--out", args.out), ("--plot", args.plot)):
+        if path and Path(path).exists():
+            raise UserError(f"{flag} {path} exists; give another file")
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as e:
+            raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    for path in (args.model, args.draft, *args.against):
+        if path:
+            context = check_servable(path).max_position_embeddings
+            if args.input_tokens + args.output_tokens > context:
+                raise UserError(
+                    f"--input-tokens {args.input_tokens} and --output-tokens {args.output_tokens} are over the context "
+                    f"of {context} of {path}"
+                )
+    return clients
+
+
+@contextmanager
+def serving(command: list[str]) -> Iterator[int]:
+    """A server of vLLM's on a free port of this machine, while the block runs."""
+    from .checkpoint import engine_environment
+    from .serve import cpu_flags
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            [
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port),
+                "--model", *command, *cpu_flags(command[1:]),
+            ],
+            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **engine_environment()}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            end = time.monotonic() + START_SECONDS
+            while not _healthy(port):
+                if server.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    lines = log.read().splitlines()[-LOG_LINES:]
+                    raise UserError(f"vLLM's server did not start with {' '.join(command)}:\n" + "\n".join(lines))
+                time.sleep(POLL_SECONDS)
+            yield port
+        finally:
+            # vLLM's engine runs in processes of its own, all in the server's session
+            os.killpg(server.pid, signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def ask(system: str, model: str, port: int, clients: int, args: argparse.Namespace) -> Load:
+    """Put a load on a server."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
+                "--base-url", f"http://127.0.0.1:{port}", "--model", model, "--dataset-name", "random",
+                "--random-input-len", str(args.input_tokens), "--random-output-len", str(args.output_tokens),
+                "--num-prompts", str(args.rounds * clients), "--max-concurrency", str(clients), "--ignore-eos",
+                "--temperature", "0", "--save-result", "--result-dir", folder, "--result-filename", "load.json",
+            ],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        file = Path(folder) / "load.json"
+        if done.returncode or not file.is_file():
+            lines = (done.stdout + done.stderr).splitlines()[-LOG_LINES:]
+            raise UserError(f"vllm bench serve failed for {system} with {clients} clients:\n" + "\n".join(lines))
+        result = json.loads(file.read_text())
+    return Load(
+        system, clients, result["output_throughput"], result["mean_ttft_ms"], result["mean_tpot_ms"],
+        result.get("spec_decode_acceptance_length"),
+    )  # fmt: skip
+
+
+def format_load(load: Load) -> str:
+    """A line while the run goes on."""
+    accepted = "" if load.accepted is None else f", {load.accepted:.2f} tokens a step"
+    return (
+        f"{load.system}, {load.clients} clients: {load.tokens_per_second:.1f} tokens/s, first token "
+        f"{load.ttft_ms:.0f} ms, then {load.tpot_ms:.2f} ms each{accepted}"
+    )
+
+
+def format_table(loads: list[Load]) -> str:
+    """A Markdown table: for each system and number of clients tokens a second, and the ratio to the first system."""
+    clients = sorted({load.clients for load in loads})
+    first = {load.clients: load.tokens_per_second for load in loads if load.system == loads[0].system}
+    lines = ["| tokens/s | " + " | ".join(f"{n} clients" for n in clients) + " |", "| --- |" + " --- |" * len(clients)]
+    for system in dict.fromkeys(load.system for load in loads):
+        mine = {load.clients: load.tokens_per_second for load in loads if load.system == system}
+        cells = [f"{mine[n]:.1f} ({mine[n] / first[n]:.2f}x)" for n in clients]
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(loads: list[Load], file: Path) -> None:
+    """Tokens a second over the number of clients, a line a system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for system in dict.fromkeys(load.system for load in loads):
+        mine = [load for load in loads if load.system == system]
+        axes.plot([load.clients for load in mine], [load.tokens_per_second for load in mine], "o-", label=system)
+    axes.set(xscale="log", yscale="log", xlabel="clients", ylabel="tokens a second")
+    axes.legend()
+    figure.savefig(file)
+    plt.close(figure)
