@@ -16,7 +16,7 @@ from .conftest import HERE
 from .tiny_hybrid import VOCAB, prompts, reference
 
 pytestmark = pytest.mark.slow
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 
 
 def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path):
