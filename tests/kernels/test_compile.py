@@ -114,9 +114,9 @@ def test_prefill_and_training_compile(compiled):
     from mamba_hybrid_kernels.ssd_forward import ssd_forward
 
     layout = SlotLayout(2, 2, 8, 64, 64, 64, dtype=torch.bfloat16)
-    index = torch.tensor([0, 200], dtype=torch.int32)
-    parts = tokens(layout, 200)
-    prefill(SlotTensors.allocate(layout, 1), layout, index[:1], index[:1], index, [200], *parts)
+    index = torch.tensor([0, 1000], dtype=torch.int32)
+    parts = tokens(layout, 1000)
+    prefill(SlotTensors.allocate(layout, 1), layout, index[:1], index[:1], index, [1000], *parts)
     x, dt, A, B, C, D = parts
     x, dt, B, C = (t[None] for t in (x, dt, B, C))
     y, last, enter = ssd_forward(x, dt, A, B, C, D, delay=64)
