@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,7 +171,8 @@ def serving(command: list[str]) -> Iterator[int]:
             yield port
         finally:
             # vLLM's engine runs in processes of its own, all in the server's session
-            os.killpg(server.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(server.pid, signal.SIGINT)
             try:
                 server.wait(60)
             except subprocess.TimeoutExpired:

@@ -125,7 +125,7 @@ def run(system: str, argv: list[str], known: Path) -> subprocess.Popen:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="CSV to append to")
+    parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
     parser.add_argument(
         "--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64, 128, 256]

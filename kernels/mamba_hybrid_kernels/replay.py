@@ -109,9 +109,7 @@ def _launch(slots, layout, rows, inputs, near_MHP, far_MHP) -> None:
     # `verify` passes over rows that are longer than a step
     most = min(rows.most, layout.step) if not long else max((T for T in rows.lengths if layout.step >= T), default=0)
     if most:
-        verify(
-            slots, layout, rows.slot_R, rows.start_R, rows.first_R1, *inputs, max_tokens=most, **outputs
-        )  # fmt: skip
+        verify(slots, layout, rows.slot_R, rows.start_R, rows.first_R1, *inputs, max_tokens=most, **outputs)
     if long:
         # mostly side by side: an engine puts them behind the others
         span = slice(long[0], long[-1] + 1)

@@ -9,7 +9,7 @@ import torch
 from mamba_hybrid_kernels import SlotLayout, SlotTensors, StepRows, replay
 
 from .test_replay import Sequence, poisoned
-from .test_verify import error, layout_of, move, strided, to
+from .test_verify import error, layout_of, move, run_reference, strided, to
 
 pytestmark = pytest.mark.triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,20 +85,8 @@ def fuzz(seed: int, steps: int, prompts: list[int]) -> None:
         inputs = [running[slot].inputs(*plan[slot]) for slot in rows]
         parts = [torch.cat(t) for t in zip(*inputs, strict=True)]
         starts, lengths = [running[slot].position for slot in rows], [plan[slot][0] for slot in rows]
-        x, dt, B, C = to(DEVICE, *parts)
         wanted = SlotTensors(**{name: t.clone() for name, t in vars(slots).items() if t is not None})
-        want = replay(
-            wanted,
-            layout,
-            StepRows.of(rows, starts, lengths, DEVICE),
-            x,
-            dt,
-            A.to(DEVICE),
-            B,
-            C,
-            D.to(DEVICE),
-            backend="reference",
-        )
+        want = run_reference(wanted, layout, rows, starts, lengths, parts, A, D)
         if long:
             got = run_prefill(slots, layout, rows, starts, lengths, parts, A, D, **kw)
             for g, e in zip(got, want, strict=True):

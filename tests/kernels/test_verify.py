@@ -51,6 +51,13 @@ def run_verify(slots, layout, rows, starts, lengths, parts, A, D, *, pad=2, **kw
     return None if near is None else near[: first[-1]].cpu(), far[: first[-1]].cpu()
 
 
+def run_reference(slots, layout, rows, starts, lengths, parts, A, D):
+    """`replay` in plain PyTorch where the kernels run."""
+    x, dt, B, C, A, D = to(DEVICE, *parts, A, D)
+    where = StepRows.of(rows, starts, lengths, DEVICE)
+    return replay(slots, layout, where, x, dt, A, B, C, D, backend="reference")
+
+
 def layout_of(G, per_group, per_state, P, N, window, drafts, slack, **kw) -> SlotLayout:
     return SlotLayout(
         G, G * per_group, G * per_group * per_state, P, N, window,
@@ -92,19 +99,7 @@ def fuzz(seed: int, steps: int, **shape) -> None:
             if short:
                 near, far = run_verify(slots, layout, part, starts, lengths, parts, A, D, launch=launch)
             else:
-                x, dt, B, C = to(DEVICE, *parts)
-                near, far = replay(
-                    slots,
-                    layout,
-                    StepRows.of(part, starts, lengths, DEVICE),
-                    x,
-                    dt,
-                    A.to(DEVICE),
-                    B,
-                    C,
-                    D.to(DEVICE),
-                    backend="reference",
-                )
+                near, far = run_reference(slots, layout, part, starts, lengths, parts, A, D)
             at = 0
             for slot in part:
                 tokens, accepted = plan[slot]
