@@ -92,3 +92,8 @@ class MixerBackend(AttentionBackend):
     @classmethod
     def is_ssm(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Adaptive verification cuts drafts on the device; a slot is addressed by position, whatever was cut."""
+        return True

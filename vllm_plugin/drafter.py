@@ -3,9 +3,10 @@
 Shapes: R requests of a graph, of which the first are real, K drafts.
 
 vLLM 0.32 runs a draft model from Python, kernel after kernel, K times a step, which takes longer than the model itself.
-Here a round whose requests all verify K drafts is replayed: the forward over the K + 2 tokens that the round before
-has left (accepted, corrected, rejected), K - 1 forwards over one token each, sampling and bookkeeping in between.
-Prompts and ragged rounds take vLLM's way. A draft model's mixers need nothing for it: they are rewound by position.
+Here a round is replayed: the forward over what the step before has left of each request, up to K + 2 tokens (accepted,
+corrected, rejected), K - 1 forwards over one token each, sampling and bookkeeping in between. A request may have had
+fewer drafts than K, verified fewer (adaptive verification decides that on the device), or end a prompt in so few
+tokens; longer ones take vLLM's way. A draft model's mixers need nothing for it: they are rewound by position.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Drafter(StandaloneARSpeculator):
 
     @property
     def first_tokens(self) -> int:
-        """Tokens of a request in a round's first forward."""
+        """Most tokens of a request in a round's first forward."""
         return self.num_speculative_steps + 2
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -70,7 +71,8 @@ class Drafter(StandaloneARSpeculator):
         return torch.full((requests,), self.max_model_len, dtype=torch.int32)
 
     def _first_metadata(self, desc: BatchExecutionDescriptor, requests: int) -> tuple[dict[str, Any], dict]:
-        """Metadata and cache places of a round's first forward, for R requests of which so many are real."""
+        """Metadata and cache places of a round's first forward, for R requests of which so many are real. The host
+        takes all for as long as they can be; where each begins and ends stands in query_start_loc on the device."""
         R, T = desc.num_reqs, self.first_tokens
         places = self.block_tables.compute_slot_mappings(
             self.idx_mapping[:R], self.input_buffers.query_start_loc[: R + 1], self.expanded_positions, R * T,
@@ -140,9 +142,9 @@ class Drafter(StandaloneARSpeculator):
         return self.draft_tokens[:requests]
 
     def _graph_of(self, input_batch) -> BatchExecutionDescriptor | None:
-        """The graph for this batch, None if it is ragged or larger than any."""
+        """The graph for this batch, None if a request has more tokens than a verify step, or the batch is too large."""
         requests = input_batch.num_reqs
-        if self.graphs is None or (input_batch.num_scheduled_tokens[:requests] != self.first_tokens - 1).any():
+        if self.graphs is None or (input_batch.num_scheduled_tokens[:requests] >= self.first_tokens).any():
             return None
         desc = self.graphs.dispatch(requests, requests, 1, 0)
         return desc if desc.cg_mode == CUDAGraphMode.FULL else None

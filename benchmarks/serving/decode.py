@@ -6,10 +6,12 @@ speculation, one engine after another.
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py), with "-K" after it a two-layer draft model of
 the same kind that drafts K tokens. A dummy model agrees with no one, so each draft is accepted with probability
---acceptance by vLLM's synthetic rejection, whatever the tokens; target and drafter compute all they would.
+--acceptance by vLLM's synthetic rejection, whatever the tokens; target and drafter compute all they would. (Adaptive
+verification judges drafts by the draft model's logits, so that dummy ones cannot show what it brings.)
 
-The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. --warm
-only starts the engines, several at once, so that what torch.compile and Triton make is on disk for the timed start.
+The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. Where
+not all sequences fit into the memory, "running" says how many did. --warm only starts the engines, several at once, so
+that what torch.compile and Triton make is on disk for the timed start.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from pathlib import Path
 from shapes import write
 
 KINDS = ("llama", "stock", "heads", "groups")
-SYSTEMS = ("llama", "stock", "heads", "groups", "stock-4", "heads-4", "groups-4", "heads-8", "groups-8")
-COLUMNS = ("system", "batch", "context", "tokens_per_second", "status", "blocks", "gpu")
+SYSTEMS = (*KINDS, "stock-4", "heads-4", "groups-4", "heads-8", "groups-8")
+COLUMNS = ("system", "batch", "running", "context", "tokens_per_second", "status", "blocks", "gpu")
 SETTLE = 8  # steps after the last prompt before the clock starts
+FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
 
 def arguments_of(system: str, folder: Path, args: argparse.Namespace) -> dict:
@@ -55,8 +58,8 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace) -> dict:
     return engine
 
 
-def rate(engine, batch: int, args: argparse.Namespace) -> float:
-    """Tokens a second of so many sequences together."""
+def rate(engine, batch: int, args: argparse.Namespace) -> tuple[int, float]:
+    """How many of so many sequences run at once, and their tokens a second."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -69,8 +72,11 @@ def rate(engine, batch: int, args: argparse.Namespace) -> float:
         prompt = [rng.randrange(3, vocabulary) for _ in range(args.context)]
         engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), sampling)
     started: set[str] = set()
-    while len(started) < batch:
-        started |= {out.request_id for out in engine.step() if out.outputs[0].token_ids}
+    waited = 0
+    while len(started) < batch and (not started or waited < FULL):
+        new = {out.request_id for out in engine.step() if out.outputs[0].token_ids} - started
+        waited = 0 if new else waited + 1
+        started |= new
     for _ in range(SETTLE):
         engine.step()
     tokens, began = 0, time.perf_counter()
@@ -82,7 +88,7 @@ def rate(engine, batch: int, args: argparse.Namespace) -> float:
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return tokens / took
+    return len(started), tokens / took
 
 
 def measure(system: str, args: argparse.Namespace) -> None:
@@ -96,8 +102,9 @@ def measure(system: str, args: argparse.Namespace) -> None:
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args)))
         cache = engine.vllm_config.cache_config
         for batch in () if args.warm else args.batches:
-            tokens = rate(engine, batch, args)
-            row = {"system": system, "batch": batch, "context": args.context, "tokens_per_second": round(tokens, 1)}
+            running, tokens = rate(engine, batch, args)
+            row = {"system": system, "batch": batch, "running": running, "context": args.context}
+            row["tokens_per_second"] = round(tokens, 1)
             row |= {"status": "ok", "blocks": cache.num_gpu_blocks, "gpu": current_platform.get_device_name()}
             print(json.dumps(row), flush=True)
 

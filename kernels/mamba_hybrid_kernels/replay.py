@@ -107,7 +107,7 @@ def _launch(slots, layout, rows, inputs, near_MHP, far_MHP) -> None:
     outputs = {"near_MHP": near_MHP, "far_MHP": far_MHP}
     long = [] if rows.most <= layout.step else [r for r, T in enumerate(rows.lengths) if layout.step < T]
     # `verify` passes over rows that are longer than a step
-    most = min(rows.most, layout.step) if not long else max((T for T in rows.lengths if layout.step >= T), default=0)
+    most = min(rows.most, layout.step) if len(long) < len(rows.lengths) else 0
     if most:
         verify(slots, layout, rows.slot_R, rows.start_R, rows.first_R1, *inputs, max_tokens=most, **outputs)
     if long:

@@ -23,9 +23,10 @@ class StepRows:
             layout.rewind from that step's end; 0 starts a sequence and ignores what the slot holds.
         first_R1: int32 (R + 1), where each row's tokens begin among the M; tokens from first_R1[-1] on are padding.
         lengths: tokens of each row. Up to layout.step they are a decode or verify step (any of them may be taken back
-            later), above that a prefill; 0 is padding.
-        most: tokens of the longest row. A CUDA graph that was captured with it serves rows up to it, whatever
-            `lengths` said then.
+            later), above that a prefill; 0 is padding. Only the reference needs them exact: the kernels take those of
+            rows up to layout.step from first_R1, which a step may have cut on the device.
+        most: tokens of the longest row, or more. A CUDA graph that was captured with it serves rows up to it,
+            whatever `lengths` said then.
 
     Example:
         >>> StepRows.of([2, 0], [0, 40], [3, 1]).first_R1.tolist()

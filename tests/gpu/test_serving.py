@@ -43,6 +43,8 @@ CASES = {
     "v1-ngram-8": (V1, "heads", ("ngram", 8), {}),
     "draft-4": (V2, "heads", ("draft", 4), {}),
     "draft-8": (V2, "shared", ("draft", 8), {}),
+    "adaptive-4": (V2, "heads", ("adaptive", 4), {}),
+    "adaptive-8": (V2, "shared", ("adaptive", 8), {}),
     "draft-preempted": (V2, "heads", ("draft", 4), {"num_gpu_blocks_override": 110}),
 }
 
@@ -115,9 +117,10 @@ def test_tokens_are_those_of_generate(case, hybrids, expected, start_engine, tmp
     if drafts is not None:
         method, number = drafts
         speculative = NGRAM | {"num_speculative_tokens": number}
-        if method == "draft":
+        if method != "ngram":
             draft = write_noisy(tmp_path / "draft", hybrids(kind), 0.03)
             speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": number}
+            speculative["enable_adaptive_verification"] = method == "adaptive"
         llm["speculative_config"] = speculative
     # the second round finds slots that the first has used
     job = {"llm": llm | flags, "prompts": which, "new": NEW, "rounds": 2}
@@ -125,7 +128,7 @@ def test_tokens_are_those_of_generate(case, hybrids, expected, start_engine, tmp
     switches = {"TRITON_F32_DEFAULT": "ieee", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     done = start_engine(job, tmp_path, VLLM_USE_V2_MODEL_RUNNER=runner, **switches)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    if case.startswith("draft"):
+    if case.startswith(("draft", "adaptive")):
         assert "Capturing draft rounds" in done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     for tokens in result["rounds"]:

@@ -28,13 +28,17 @@ class Rounds:
         single = drafter.single(desc.num_reqs)
         drafter._round(desc.num_reqs, drafter._first_metadata(desc, drafter.requests), single)
         drafter.rounds += 1
-        print(f"round {drafter.rounds} of {drafter.requests} requests, {desc.num_reqs} with padding", flush=True)
+        drafter.ragged += int((drafter.starts_np[1:] - drafter.starts_np[:-1]).min() < drafter.first_tokens)
+        print(
+            f"round {drafter.rounds} of {drafter.requests} requests, {desc.num_reqs} with padding, "
+            f"{drafter.ragged} ragged so far", flush=True,
+        )  # fmt: skip
 
 
 class EagerDrafter(Drafter):
     """`Drafter` without graphs; vLLM's CPU attention makes its metadata anew for each token."""
 
-    rounds = 0
+    rounds = ragged = 0
     requests = 0
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -43,9 +47,19 @@ class EagerDrafter(Drafter):
     def capture(self) -> None:
         """Nothing to capture."""
 
+    def propose(self, input_batch, *args, **kwargs):
+        n = input_batch.num_reqs
+        self.starts_np = input_batch.query_start_loc_np[: n + 1] + self.arange_np[: n + 1]
+        return super().propose(input_batch, *args, **kwargs)
+
     def _first_metadata(self, desc, requests):
         self.requests = requests
         return super()._first_metadata(desc, requests)
+
+    def _build_attn_metadata(self, *, query_start_loc_np, step, **kwargs):
+        # vLLM's CPU attention plans by the host's numbers, so they are exact here
+        starts = self.starts_np if step == 1 else query_start_loc_np
+        return super()._build_attn_metadata(query_start_loc_np=starts, step=step, **kwargs)
 
     def single(self, R: int):
         desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=R, num_reqs=R)

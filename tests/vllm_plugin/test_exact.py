@@ -151,6 +151,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
     assert len(result["slots"]["layers"]) == 4
     assert result["slots"]["blocks"] == [0] * 4
     assert "round 1 of" in result["log"]
+    assert int(result["log"].rsplit(" ragged so far", 1)[0].rsplit(" ", 1)[1]) > 0
 
 
 def test_prefix_caching(expected, generate):
