@@ -1,8 +1,8 @@
 """Random arrivals, aborts and preemptions in one engine, with drafts of random length, half of which are wrong.
 
 Usage: fuzz_run.py JOB.json, the job with `llm` (vLLM's arguments), `sequences` (prompt and reference continuation),
-`lengths` (of the prompts), `seconds` and `seed`. Prints a line and ends with 0 if every token was the reference's and
-every block is free again at the end.
+`lengths` (of the prompts), `seconds`, `seed`, and the probabilities of `arrivals` and `aborts` in a step. Prints a line
+and ends with 0 if every token was the reference's and every block is free again at the end.
 """
 
 import json
@@ -29,7 +29,7 @@ def main() -> None:
     counts = {"asked": 0, "finished": 0, "aborted": 0, "tokens": 0}
     end = time.monotonic() + job["seconds"]
     while time.monotonic() < end or running:
-        if time.monotonic() < end and len(running) < 10 and rng.random() < 0.3:
+        if time.monotonic() < end and len(running) < 10 and rng.random() < job["arrivals"]:
             which = rng.randrange(len(job["sequences"]))
             prompt = job["lengths"][which]
             new = rng.randint(1, len(job["sequences"][which]) - prompt)
@@ -41,7 +41,7 @@ def main() -> None:
             engine.add_request(name, tokens, sampling)
             running[name] = which, 0
             counts["asked"] += 1
-        if running and rng.random() < 0.02:
+        if running and rng.random() < job["aborts"]:
             name = rng.choice(sorted(running))
             engine.abort_request([name])
             del running[name]
