@@ -71,7 +71,8 @@ class Limits(VerifyAndUpdateConfig):
             cache.enable_prefix_caching = False
         # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
         is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
-        if not is_draft and vllm_config.scheduler_config.scheduler_cls is None:
+        counted = _has_mixers(vllm_config.model_config) and not is_draft
+        if counted and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
             share_metrics()
 

@@ -88,18 +88,16 @@ class StateMetrics:
             self.values[key] += amount
             file.write_value(key, self.values[key], 0)
 
-    def add(self, counts: StepCounts, running: int) -> None:
-        """One step of the engine.
-
-        Args:
-            counts: what it did.
-            running: sequences that run after it.
-        """
+    def add(self, counts: StepCounts) -> None:
+        """Count one step of the engine."""
         for length, rows in Counter(counts.replayed).items():
             self._add(self.histograms, self.buckets[bisect_left(BUCKETS, length)], rows)
         self._add(self.histograms, self.sum, sum(counts.replayed))
         self._add(self.counters, self.flushes["decode"], counts.decode_flushes)
         self._add(self.counters, self.flushes["prefill"], counts.prefill_flushes)
-        if running != self.running:
-            self.running = running
-            self.gauges.write_value(self.running_key, running * self.bytes_per_sequence, time.time())
+
+    def run(self, sequences: int) -> None:
+        """So many sequences run from now on."""
+        if sequences != self.running:
+            self.running = sequences
+            self.gauges.write_value(self.running_key, sequences * self.bytes_per_sequence, time.time())

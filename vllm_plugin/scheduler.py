@@ -19,7 +19,7 @@ from .mirror import SlotMirror
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -48,14 +48,19 @@ def state_bytes(kv_cache_config: KVCacheConfig) -> int:
     )
 
 
-def rejected_drafts(scheduled: SchedulerOutput, output: ModelRunnerOutput) -> dict[str, int]:
-    """Sequence -> how many of its drafts the step took back, for those that had drafts."""
-    rejected = {}
-    for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
-        sampled = output.sampled_token_ids[output.req_id_to_index[name]] if output.sampled_token_ids else ()
-        if len(sampled):  # the accepted drafts and one more
-            rejected[name] = len(drafts) + 1 - len(sampled)
-    return rejected
+def rejected_drafts(drafts: dict[str, list[int]], index: dict[str, int], sampled: list[int]) -> dict[str, int]:
+    """How many drafts a step took back.
+
+    Args:
+        drafts: sequence -> its drafts in the step.
+        index: sequence -> its row.
+        sampled: of each row how many tokens it got: the accepted drafts and one more. Empty where none did.
+
+    Returns:
+        Sequence -> rejected drafts, for those that got tokens.
+    """
+    got = ((name, len(tokens), sampled[index[name]] if sampled else 0) for name, tokens in drafts.items())
+    return {name: drafted + 1 - tokens for name, drafted, tokens in got if tokens}
 
 
 class CountingScheduler(Scheduler):
@@ -64,20 +69,20 @@ class CountingScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.state_metrics: StateMetrics | None = None
-        directory = metrics_directory()
+        directory, config = metrics_directory(), self.vllm_config
         if not self.log_stats or directory is None:
             return
-        config, groups = self.vllm_config, self.kv_cache_config.kv_cache_groups
-        # the target's: its mixers all stand at the same checkpoint, so one group tells of all
-        self.mixer_group = next(
-            i
-            for i, group in enumerate(groups)
-            if isinstance(group.kv_cache_spec, MambaSpec) and not group.layer_names[0].startswith("draft_model")
+        # the model's own mixers all stand at the same checkpoint, so one group tells of all
+        self.mixer_group, spec = next(
+            (i, group.kv_cache_spec)
+            for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, MambaSpec)
+            and not all(name.startswith("draft_model") for name in group.layer_names)
         )
         # a state that a connector brings along is one that no step here has made
         cached = config.cache_config.enable_prefix_caching and self.connector is None
-        block_size = groups[self.mixer_group].kv_cache_spec.block_size if cached else None
-        self.mirror = SlotMirror(slot_layout(config), block_size)
+        self.uncounted: list[tuple[SchedulerOutput, dict[str, int], list[int]]] = []
+        self.mirror = SlotMirror(slot_layout(config), spec.block_size if cached else None)
         self.state_metrics = StateMetrics(
             directory,
             config.model_config.served_model_name,
@@ -88,16 +93,31 @@ class CountingScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """As vLLM's, which cuts the sampled tokens at a stop, so that the count comes first."""
+        """As vLLM's. The device may be waiting, so that the step is only laid aside to be counted."""
         if self.state_metrics is None:
             return super().update_from_output(scheduler_output, model_runner_output)
-        self._follow(scheduler_output)
-        counts = self.mirror.step(
-            scheduler_output.num_scheduled_tokens, rejected_drafts(scheduler_output, model_runner_output)
-        )
+        # now, because vLLM cuts what is behind a stop
+        sampled = list(map(len, model_runner_output.sampled_token_ids))
+        self.uncounted.append((scheduler_output, model_runner_output.req_id_to_index, sampled))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self.state_metrics.add(counts, len(self.running))
+        self.state_metrics.run(len(self.running))
+        if not self.running:
+            self._count()
         return outputs
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """As vLLM's, which asks for it when the device has just been given its next step: the time to count."""
+        if self.state_metrics is not None:
+            self._count()
+        return super().get_grammar_bitmask(scheduler_output)
+
+    def _count(self) -> None:
+        assert self.state_metrics is not None
+        for scheduled, index, sampled in self.uncounted:
+            self._follow(scheduled)
+            rejected = rejected_drafts(scheduled.scheduled_spec_decode_tokens, index, sampled)
+            self.state_metrics.add(self.mirror.step(scheduled.num_scheduled_tokens, rejected))
+        self.uncounted.clear()
 
     def _follow(self, scheduled: SchedulerOutput) -> None:
         """Sequences that came and went, and their blocks, as the workers are told of them."""
@@ -116,4 +136,4 @@ class CountingScheduler(Scheduler):
 
 
 class CountingAsyncScheduler(CountingScheduler, AsyncScheduler):
-    """Of asynchronous scheduling: the same counts before vLLM's own asynchronous scheduler."""
+    """Of asynchronous scheduling."""
