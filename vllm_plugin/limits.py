@@ -12,6 +12,8 @@ from vllm.platforms import current_platform
 
 from mamba_hybrid.config import ATTENTION, MIXER
 
+from .metrics import share_metrics
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -33,6 +35,8 @@ class Limits(VerifyAndUpdateConfig):
         blocks that the target has not come to yet. And in a model without attention layers vLLM may end a block's last
         chunk before the block's end, which makes the cached state one of an earlier position. The tokens are the same
         without the cache, so this is a warning and not an error.
+
+        Also set here, unless the user names another: the scheduler that counts for the metrics.
 
         Raises:
             ValueError: KV heads that do not divide among the devices, or a state dtype other than fp32 and bf16.
@@ -65,6 +69,12 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
+        # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
+        is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
+        counted = _has_mixers(vllm_config.model_config) and not is_draft
+        if counted and vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
+            share_metrics()
 
 
 def _has_mixers(model_config: ModelConfig) -> bool:

@@ -26,6 +26,7 @@ def slots(worker):
 
 
 if __name__ == "__main__":
+    from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams, TokensPrompt
 
     with open(sys.argv[1]) as f:
@@ -42,6 +43,8 @@ if __name__ == "__main__":
         for _ in range(job["rounds"])
     ]
     counters = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    result = {"rounds": rounds, "counters": counters, "slots": llm.collective_rpc(slots)[0]}
+    samples = [s for metric in REGISTRY.collect() for s in metric.samples if s.name.startswith("mamba_hybrid:")]
+    states = {f"{s.name}{s.labels.get('le', '')}{s.labels.get('phase', '')}": s.value for s in samples}
+    result = {"rounds": rounds, "counters": counters, "states": states, "slots": llm.collective_rpc(slots)[0]}
     with open(sys.argv[2], "w") as f:
         json.dump(result, f)

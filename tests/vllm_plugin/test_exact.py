@@ -1,4 +1,5 @@
-"""The plugin's tokens are those of transformers' generate, whatever the engine does with the sequences."""
+"""The plugin's tokens are those of transformers' generate, whatever the engine does with the sequences, and its metrics
+those of the slots."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 from mamba_hybrid.checkpoint import load_model
 
 from .conftest import HERE
+from .slot_counts import compare
 from .tiny_hybrid import VOCAB, prompts, reference, write_hybrid, write_noisy
 
 pytestmark = pytest.mark.slow
@@ -46,12 +48,16 @@ def generate(hybrids, start_engine, tmp_path):
             "max_num_batched_tokens": 64,  # so that a prompt is read in pieces
             "enforce_eager": True,
             "disable_log_stats": False,
+            "worker_extension_cls": "slot_watch.SlotWatch",
         }
         # the second round finds slots that the first has used
         job = {"llm": base | llm, "prompts": asked, "new": new, "rounds": 2}
-        done = start_engine(job, tmp_path, **(environment or {}))
+        watched = tmp_path / "watched.json"
+        done = start_engine(job, tmp_path, SLOT_WATCH=str(watched), **(environment or {}))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return json.loads((tmp_path / "result.json").read_text()) | {"log": done.stdout + done.stderr}
+        result = json.loads((tmp_path / "result.json").read_text())
+        compare(result["states"], watched)
+        return result | {"log": done.stdout + done.stderr}
 
     return run
 
@@ -126,7 +132,7 @@ def accepted_by_protocol(draft, prompt: list[int], answer: list[int], new: int, 
     return accepted
 
 
-def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
+def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
     """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2: prompts and ragged
     rounds by vLLM's drafter, the others as the rounds that `Drafter` puts into a graph on a GPU."""
     asked = prompts([1, 17, 64, 65, 130], seed=5)
@@ -137,7 +143,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, tmp_path):
         asked,
         {
             "TRITON_INTERPRET": "1",
-            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}",
+            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}",
         },
         new=14,
         worker_cls="round_worker.RoundWorker",
@@ -172,7 +178,7 @@ def test_tensor_parallel(expected, generate):
     assert result["slots"]["layers"]["model.layers.1.mixer"][0][0] == [1, 32, 32]
 
 
-def test_prefix_caching_with_drafts(expected, generate, tmp_path):
+def test_prefix_caching_with_drafts(expected, generate, environment, tmp_path):
     """Model Runner V2 copies whole slots, also where a verify step has ended beyond a block's end."""
     long = prompts([300], seed=12)[0]
     asked = [long[:n] for n in (250, 124, 253)]
@@ -181,7 +187,7 @@ def test_prefix_caching_with_drafts(expected, generate, tmp_path):
     result = generate(
         "shared",
         asked,
-        {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}"},
+        {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}"},
         new=9,
         enable_prefix_caching=True,
         max_num_batched_tokens=300,

@@ -13,7 +13,9 @@ from vllm_plugin.limits import Limits, slot_layout
 HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
 
 
-def engine(hf_config=HEADS, *, drafts=0, tensor=1, prefix=False, state="auto", v2=False, draft_layers=None):
+def engine(
+    hf_config=HEADS, *, drafts=0, tensor=1, prefix=False, state="auto", v2=False, draft_layers=None, scheduler=None
+):
     """The part of vLLM's configuration that is read."""
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
@@ -22,6 +24,7 @@ def engine(hf_config=HEADS, *, drafts=0, tensor=1, prefix=False, state="auto", v
         speculative_config=SimpleNamespace(draft_model_config=draft, uses_draft_model=lambda: draft is not None)
         if drafts
         else None,
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
         use_v2_model_runner=v2,
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
@@ -59,6 +62,21 @@ def test_prefix_caching_where_it_fits(layers, changes, stays):
     config = engine(SimpleNamespace(layer_types=layers, num_key_value_heads=2), prefix=True, **changes)
     Limits.verify_and_update_config(config)
     assert config.cache_config.enable_prefix_caching is stays
+
+
+def test_the_scheduler_that_counts():
+    """Of a hybrid that is served, but not of one that drafts for another model, and not where the user names one."""
+    config = engine()
+    Limits.verify_and_update_config(config)
+    assert config.scheduler_config.scheduler_cls == "vllm_plugin.scheduler.make_scheduler"
+    config = engine(scheduler="their.Scheduler")
+    Limits.verify_and_update_config(config)
+    assert config.scheduler_config.scheduler_cls == "their.Scheduler"
+    config = engine(drafts=3, v2=True, draft_layers=["linear_attention"])
+    config.model_config = config.speculative_config.draft_model_config
+    config.model_config.hf_config = HEADS
+    Limits.verify_and_update_config(config)
+    assert config.scheduler_config.scheduler_cls is None
 
 
 @pytest.mark.parametrize("state", ["auto", "float32", "bfloat16"])

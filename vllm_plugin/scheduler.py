@@ -1,0 +1,139 @@
+"""vLLM's scheduler, which also counts what its steps do to the states.
+
+The scheduler is the one place where a step's rows and what was accepted of them are known on the host, in the order in
+which the device runs them, with asynchronous scheduling too.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+
+from .limits import slot_layout
+from .metrics import StateMetrics, metrics_directory
+from .mirror import SlotMirror
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """The scheduler that vLLM would take, with our counts. vLLM calls this as `--scheduler-cls`.
+
+    Args:
+        vllm_config: the engine's.
+        kwargs: see vLLM's scheduler.
+    """
+    kind = CountingAsyncScheduler if vllm_config.scheduler_config.async_scheduling else CountingScheduler
+    return kind(vllm_config=vllm_config, **kwargs)
+
+
+def state_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of a sequence's slots on one device, in the mixers of the model and of its draft model."""
+    return sum(
+        len(group.layer_names)
+        * sum(
+            prod(shape) * dtype.itemsize
+            for shape, dtype in zip(group.kv_cache_spec.shapes, group.kv_cache_spec.dtypes, strict=True)
+        )
+        for group in kv_cache_config.kv_cache_groups
+        if isinstance(group.kv_cache_spec, MambaSpec)
+    )
+
+
+def rejected_drafts(drafts: dict[str, list[int]], index: dict[str, int], sampled: list[int]) -> dict[str, int]:
+    """How many drafts a step took back.
+
+    Args:
+        drafts: sequence -> its drafts in the step.
+        index: sequence -> its row.
+        sampled: of each row how many tokens it got: the accepted drafts and one more. Empty where none did.
+
+    Returns:
+        Sequence -> rejected drafts, for those that got tokens.
+    """
+    got = ((name, len(tokens), sampled[index[name]] if sampled else 0) for name, tokens in drafts.items())
+    return {name: drafted + 1 - tokens for name, drafted, tokens in got if tokens}
+
+
+class CountingScheduler(Scheduler):
+    """Of synchronous scheduling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.state_metrics: StateMetrics | None = None
+        directory, config = metrics_directory(), self.vllm_config
+        if not self.log_stats or directory is None:
+            return
+        # the model's own mixers all stand at the same checkpoint, so one group tells of all
+        self.mixer_group, spec = next(
+            (i, group.kv_cache_spec)
+            for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, MambaSpec)
+            and not all(name.startswith("draft_model") for name in group.layer_names)
+        )
+        # a state that a connector brings along is one that no step here has made
+        cached = config.cache_config.enable_prefix_caching and self.connector is None
+        self.uncounted: list[tuple[SchedulerOutput, dict[str, int], list[int]]] = []
+        self.mirror = SlotMirror(slot_layout(config), spec.block_size if cached else None)
+        self.state_metrics = StateMetrics(
+            directory,
+            config.model_config.served_model_name,
+            config.parallel_config.data_parallel_index,
+            state_bytes(self.kv_cache_config),
+        )
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's. The device may be waiting, so that the step is only laid aside to be counted."""
+        if self.state_metrics is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        # now, because vLLM cuts what is behind a stop
+        sampled = list(map(len, model_runner_output.sampled_token_ids))
+        self.uncounted.append((scheduler_output, model_runner_output.req_id_to_index, sampled))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.state_metrics.run(len(self.running))
+        if not self.running:
+            self._count()
+        return outputs
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """As vLLM's, which asks for it when the device has just been given its next step: the time to count."""
+        if self.state_metrics is not None:
+            self._count()
+        return super().get_grammar_bitmask(scheduler_output)
+
+    def _count(self) -> None:
+        assert self.state_metrics is not None
+        for scheduled, index, sampled in self.uncounted:
+            self._follow(scheduled)
+            rejected = rejected_drafts(scheduled.scheduled_spec_decode_tokens, index, sampled)
+            self.state_metrics.add(self.mirror.step(scheduled.num_scheduled_tokens, rejected))
+        self.uncounted.clear()
+
+    def _follow(self, scheduled: SchedulerOutput) -> None:
+        """Sequences that came and went, and their blocks, as the workers are told of them."""
+        group, mirror, cached = self.mixer_group, self.mirror, scheduled.scheduled_cached_reqs
+        for name in scheduled.finished_req_ids:
+            mirror.end(name)
+        for new in scheduled.scheduled_new_reqs:
+            mirror.begin(new.req_id, new.num_computed_tokens, new.block_ids[group])
+        if not cached.resumed_req_ids and not mirror.block_size:
+            return
+        for name, start, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                mirror.begin(name, start, blocks[group] if blocks else ())
+            elif blocks:
+                mirror.extend(name, blocks[group])
+
+
+class CountingAsyncScheduler(CountingScheduler, AsyncScheduler):
+    """Of asynchronous scheduling."""
