@@ -190,6 +190,14 @@ class ZeroLinear(nn.Linear):
     """A projection that starts at zero, so that what it steers starts neutral."""
 
 
+class StepLinear(ZeroLinear):
+    """The projection to step sizes: a handful of rows that set the decay, never quantised. transformers' way to leave
+    it alone keeps it in fp32 when the rest is fp16, so its input is cast."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.linear(u.to(self.weight.dtype), self.weight)
+
+
 class HybridMixer(nn.Module):
     """A mixer layer: attention's projections, a gate and a step-size projection, around `MixerCore`.
 
@@ -206,7 +214,7 @@ class HybridMixer(nn.Module):
         self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
         gate = ZeroLinear if config.gate == "sigmoid" else nn.Linear
         self.z_proj = gate(D, H * P, bias=False) if config.gate != "none" else None
-        self.dt_proj = ZeroLinear(D, config.state_heads, bias=False)
+        self.dt_proj = StepLinear(D, config.state_heads, bias=False)
         self.o_proj = nn.Linear(H * P, D, bias=config.o_bias)
         self.core = MixerCore(config)
 

@@ -118,6 +118,8 @@ class HybridMambaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["HybridLayer"]
     _keep_in_fp32_modules_strict = ["core"]
+    # which is also what transformers' quantisers leave alone; some ask by the module's name, some by the parameter's
+    _keep_in_fp32_modules = ["dt_proj", "dt_proj.weight"]
     _supports_sdpa = True
     supports_gradient_checkpointing = False
     _is_stateful = True  # a state cannot be cropped: transformers' assisted generation refuses

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils.torch_utils import _encode_layer_name
@@ -26,6 +26,7 @@ from mamba_hybrid.config import HybridMambaConfig
 from mamba_hybrid.mixer import MixerCore
 
 from .limits import slot_layout
+from .qkv import qkv_projection
 
 
 class MixerLayer(nn.Module, MambaBase):
@@ -42,10 +43,7 @@ class MixerLayer(nn.Module, MambaBase):
         D, H, P, N = config.hidden_size, config.num_attention_heads, config.head_dim, config.state_size
         quant = vllm_config.quant_config
         self.prefix = prefix
-        self.qkv_proj = QKVParallelLinear(
-            D, N, H, config.num_key_value_heads, bias=config.qkv_bias, quant_config=quant, prefix=f"{prefix}.qkv_proj",
-            v_head_size=P,
-        )  # fmt: skip
+        self.qkv_proj = qkv_projection(config, quant, f"{prefix}.qkv_proj")
         self.z_proj = None
         if config.gate != "none":
             self.z_proj = ColumnParallelLinear(D, H * P, bias=False, quant_config=quant, prefix=f"{prefix}.z_proj")

@@ -75,6 +75,10 @@ class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)  # type: ignore[arg-type]
+        if vllm_config.lora_config is not None:
+            from .punica import choose_punica
+
+            choose_punica()
 
     def process_weights_after_loading(self) -> None:
         """vLLM calls this when the weights are there, and again when they are replaced."""

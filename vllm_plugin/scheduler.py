@@ -79,6 +79,9 @@ class CountingScheduler(Scheduler):
             if isinstance(group.kv_cache_spec, MambaSpec)
             and not all(name.startswith("draft_model") for name in group.layer_names)
         )
+        speculative = config.speculative_config
+        # with adaptive verification only the device knows how long its steps are
+        self.exact = speculative is None or not speculative.enable_adaptive_verification
         # a state that a connector brings along is one that no step here has made
         cached = config.cache_config.enable_prefix_caching and self.connector is None
         self.uncounted: list[tuple[SchedulerOutput, dict[str, int], list[int]]] = []
@@ -96,9 +99,10 @@ class CountingScheduler(Scheduler):
         """As vLLM's. The device may be waiting, so that the step is only laid aside to be counted."""
         if self.state_metrics is None:
             return super().update_from_output(scheduler_output, model_runner_output)
-        # now, because vLLM cuts what is behind a stop
-        sampled = list(map(len, model_runner_output.sampled_token_ids))
-        self.uncounted.append((scheduler_output, model_runner_output.req_id_to_index, sampled))
+        if self.exact:
+            # now, because vLLM cuts what is behind a stop
+            sampled = list(map(len, model_runner_output.sampled_token_ids))
+            self.uncounted.append((scheduler_output, model_runner_output.req_id_to_index, sampled))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.state_metrics.run(len(self.running))
         if not self.running:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mamba_hybrid import HybridMambaConfig, HybridMambaForCausalLM
 from tests.tiny import LLAMA3_ROPE, SHAPE
@@ -129,3 +129,19 @@ def test_bad_calls():
         model(ids, attention_mask=torch.cat([torch.zeros(1, 1), torch.ones(1, 39)], 1))
     with pytest.raises(ValueError, match="cache_implementation 'static'"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
+
+
+def test_quantisers_leave_the_step_sizes_alone(tmp_path):
+    """Without being told to; and that costs fp16, in which transformers then keeps this projection in fp32, nothing."""
+    torchao = pytest.importorskip("torchao.quantization")
+    tiny().save_pretrained(tmp_path / "model")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
+    mixer = quantised.model.layers[0].mixer
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").model.layers[0].mixer
+    assert type(mixer.q_proj.weight.data) is not torch.Tensor and type(mixer.z_proj.weight.data) is not torch.Tensor
+    assert type(mixer.dt_proj.weight.data) is torch.Tensor and torch.equal(mixer.dt_proj.weight, plain.dt_proj.weight)
+    assert all(p.dtype == torch.float32 and type(p.data) is torch.Tensor for p in mixer.core.parameters())
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float16)
+    assert half.model.layers[0].mixer.q_proj.weight.dtype == torch.float16
+    assert half.generate(prompts()[0][None], max_new_tokens=2, do_sample=False).shape == (1, 42)

@@ -1,7 +1,7 @@
 """Starts one vLLM engine, lets it generate, writes its tokens, counters and slots.
 
 Usage: engine_run.py JOB.json RESULT.json, the job with the keys `llm` (vllm.LLM's arguments), `prompts` (token ids),
-`new` and `rounds`.
+`new`, `rounds` and, if there are some, `adapters` (a LoRA adapter's directory or null for each prompt).
 """
 
 import json
@@ -28,16 +28,20 @@ def slots(worker):
 if __name__ == "__main__":
     from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
     with open(sys.argv[1]) as f:
         job = json.load(f)
     llm = LLM(**job["llm"])
+    adapters = job.get("adapters") or [None] * len(job["prompts"])
+    numbers = {path: n for n, path in enumerate(dict.fromkeys(a for a in adapters if a), 1)}
+    lora = [LoRARequest(f"adapter-{numbers[path]}", numbers[path], path) if path else None for path in adapters]
     sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False)
     rounds = [
         [
             list(out.outputs[0].token_ids)
             for out in llm.generate(
-                [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False
+                [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False, lora_request=lora
             )
         ]
         for _ in range(job["rounds"])
