@@ -30,7 +30,7 @@ def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner
     oracle = {"sequences": sequences, "vocab": VOCAB}
     (tmp_path / "oracle.json").write_text(json.dumps(oracle))
     llm = {
-        "model": str(hybrids["heads"]), "dtype": "float32", "max_model_len": 700, "max_num_seqs": 4,
+        "model": str(hybrids["heads"]), "dtype": "float32", "max_model_len": 460, "max_num_seqs": 4,
         "max_num_batched_tokens": 64, "enforce_eager": True, "disable_log_stats": False,
         "num_gpu_blocks_override": 7, "enable_prefix_caching": False,
         "speculative_config": {"method": "custom_class", "model": "oracle.Oracle", "num_speculative_tokens": 4},
@@ -40,7 +40,7 @@ def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner
         draft = write_noisy(tmp_path / "draft", hybrids["heads"], 0.03)
         speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
         llm |= {"speculative_config": speculative, "worker_cls": "round_worker.RoundWorker"}
-        llm["num_gpu_blocks_override"] = 9  # two models share them
+        llm["num_gpu_blocks_override"] = 8  # two models share them
         switches = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}"}
     job = {
         "llm": llm, "sequences": sequences, "lengths": [len(p) for p in asked], "seconds": SECONDS, "seed": 1,
