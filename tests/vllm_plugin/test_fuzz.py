@@ -23,7 +23,9 @@ SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner):
     """V1 with drafts of random length, some wrong; V2, in Triton's interpreter, with a draft model that has mixers."""
     model = load_model(hybrids["heads"])
-    asked = prompts([1, 2, 17, 64, 65, 100, 114, 221, 240, 400])
+    # V2 is slow here: prompts that soon need another block
+    lengths = {"V1": [1, 2, 17, 64, 65, 100, 114, 221, 240, 400], "V2": [1, 65, 221, 240, 250]}[runner]
+    asked = prompts(lengths)
     answers = [reference(model, prompt, 48) for prompt in asked]
     assert min(gap for _, gap in answers) > 1e-3
     sequences = [prompt + tokens for prompt, (tokens, _) in zip(asked, answers, strict=True)]
@@ -40,7 +42,7 @@ def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner
         draft = write_noisy(tmp_path / "draft", hybrids["heads"], 0.03)
         speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
         llm |= {"speculative_config": speculative, "worker_cls": "round_worker.RoundWorker"}
-        llm["num_gpu_blocks_override"] = 8  # two models share them
+        llm["num_gpu_blocks_override"] = 10  # one is no one's, three each for three sequences, none to grow
         switches = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}"}
     job = {
         "llm": llm, "sequences": sequences, "lengths": [len(p) for p in asked], "seconds": SECONDS, "seed": 1,
