@@ -1,7 +1,8 @@
 """`mamba-hybrid bench serve`: one server after another under vLLM's own load generator, in one table.
 
 Wraps `vllm serve` and `vllm bench serve`. Each system is a model, alone or with a drafter, and asked by some clients
-at once for random prompts. What is compared is measured in one go, on one machine.
+at once for prompts of a file, or random ones, to which no drafter knows the answer. What is compared is measured in one
+go, on one machine.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", metavar="DIR", action="append", default=[], help="another model to run; may be repeated"
     )
     p.add_argument("--clients", default="1,8,32", metavar="1,8,...", help="requests in flight (1,8,32)")
-    p.add_argument("--input-tokens", type=int, default=512, help="of a prompt, random (512)")
+    p.add_argument(
+        "--prompts", metavar="FILE.jsonl", help='prompts, {"prompt": text} a line; each is a user\'s message'
+    )
+    p.add_argument("--input-tokens", type=int, default=512, help="of a random prompt (512)")
     p.add_argument("--output-tokens", type=int, default=128, help="of an answer (128)")
     p.add_argument("--rounds", type=int, default=4, help="requests of a client (4)")
     p.add_argument("--out", metavar="FILE.csv", help="write the table")
@@ -132,15 +136,31 @@ def _check(args: argparse.Namespace) -> list[int]:
             import matplotlib  # noqa: F401
         except ImportError as e:
             raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    if args.prompts:
+        _check_prompts(args.prompts, max(clients) * args.rounds)
     for path in (args.model, args.draft, *args.against):
         if path:
             context = check_servable(path).max_position_embeddings
-            if args.input_tokens + args.output_tokens > context:
+            if not args.prompts and args.input_tokens + args.output_tokens > context:
                 raise UserError(
                     f"--input-tokens {args.input_tokens} and --output-tokens {args.output_tokens} are over the context "
                     f"of {context} of {path}"
                 )
     return clients
+
+
+def _check_prompts(file: str, needed: int) -> None:
+    """Raises for a file that `vllm bench` cannot ask so many different prompts from."""
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"--prompts {file} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
+        raise UserError(f'--prompts {file} must have {{"prompt": text}} in each line')
+    if len(rows) < needed:
+        raise UserError(
+            f"--prompts {file} has {len(rows)} prompts, and the most --clients times --rounds need {needed}"
+        )
 
 
 @contextmanager
@@ -190,13 +210,22 @@ def _healthy(port: int) -> bool:
 
 def ask(system: str, model: str, port: int, clients: int, args: argparse.Namespace) -> Load:
     """Put a load on a server."""
+    from transformers import AutoTokenizer
+
+    if args.prompts:
+        asked = ["--dataset-name", "custom", "--dataset-path", args.prompts, "--custom-output-len"]
+        asked += [str(args.output_tokens), "--disable-shuffle"]
+        if AutoTokenizer.from_pretrained(model).chat_template is None:
+            asked.append("--skip-chat-template")
+    else:
+        asked = ["--dataset-name", "random", "--random-input-len", str(args.input_tokens), "--random-output-len"]
+        asked += [str(args.output_tokens)]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [
                 sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
-                "--base-url", f"http://127.0.0.1:{port}", "--model", model, "--dataset-name", "random",
-                "--random-input-len", str(args.input_tokens), "--random-output-len", str(args.output_tokens),
-                "--num-prompts", str(args.rounds * clients), "--max-concurrency", str(clients), "--ignore-eos",
+                "--base-url", f"http://127.0.0.1:{port}", "--model", model, *asked, "--ignore-eos",
+                "--num-prompts", str(args.rounds * clients), "--max-concurrency", str(clients),
                 "--temperature", "0", "--save-result", "--result-dir", folder, "--result-filename", "load.json",
             ],
             capture_output=True, text=True,

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from mamba_hybrid.checkpoint import load_model, save_model
 from mamba_hybrid.compare import compare
+from mamba_hybrid.draft import cut
 from mamba_hybrid.errors import UserError
 from tests.tiny import save_transformer
 from torchtune_recipes.distill_hybrid import DistillHybrid, component, run
@@ -44,6 +45,19 @@ def test_it_learns_and_the_result_is_a_checkpoint(config, models, tmp_path):
     assert run(config(**settings)) == 0
     assert metrics(tmp_path / "run") == rows
     assert (tmp_path / "run" / "hybrid" / "model.safetensors").read_bytes() == state
+
+
+def test_a_drafter_learns_from_its_target(config, models, tmp_path):
+    """Teacher and student of different depth, the teacher a hybrid."""
+    kept = cut(models / "hybrid", tmp_path / "draft", layers=1)
+    assert (
+        len(load_model(tmp_path / "draft").model.layers) == len(kept) < len(load_model(models / "hybrid").model.layers)
+    )
+    parts = {"student": str(tmp_path / "draft"), "teacher": str(models / "hybrid")}
+    assert run(config(**parts, max_steps=40, mixer_lr=3e-3, rest_lr=3e-3)) == 0
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["kl"] < 0.6 * rows[0]["kl"]
+    assert rows[-1]["agreement"] > rows[0]["agreement"]
 
 
 def test_metrics_are_means_over_the_tokens_with_a_label(config, models, tmp_path):

@@ -17,6 +17,8 @@ from vllm_plugin.bench import Load, format_load, format_table, plot
         (["--input-tokens", "1000"], ["--input-tokens 1000", "--output-tokens 128", "1024"]),
         (["--draft", "nowhere"], ["nowhere"]),
         (["--out", __file__], ["--out", "exists"]),
+        (["--prompts", "nowhere.jsonl"], ["--prompts nowhere.jsonl"]),
+        (["--prompts", __file__], ["--prompts", "cannot be read"]),
     ],
 )
 def test_refused_before_a_server_starts(hybrids, capsys, flags, words):
@@ -24,6 +26,15 @@ def test_refused_before_a_server_starts(hybrids, capsys, flags, words):
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ")
     assert all(word in errors[0] for word in words), errors
+
+
+def test_too_few_prompts(hybrids, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w6 w7"}\n' * 5)
+    assert (
+        main(["bench", "serve", str(hybrids["shared"]), "--prompts", str(file), "--clients", "2", "--rounds", "3"]) == 1
+    )
+    assert "has 5 prompts" in capsys.readouterr().err
 
 
 def test_table_and_plot(tmp_path):

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A real target and its drafter, from a Llama to the table of `bench serve`, on one GPU:
+#
+#   benchmarks/serving/pair.sh SmolLM2-135M-Instruct.Q4_1.gguf text.jsonl prompts.jsonl OUT [TARGET_STEPS] [DRAFT_STEPS]
+#
+# text.jsonl: {"text": ...}, for calibration and distillation (benchmarks/corpus.py makes one); prompts.jsonl:
+# {"prompt": ...}, 128 or more. The target is a hybrid with half of the attention converted, the drafter two of its
+# layers; both are distilled, each from the model it comes from. The answers with and without drafts are compared in
+# fp32, greedy.
+set -euo pipefail
+gguf=$1 text=$2 prompts=$3 out=$4 target_steps=${5:-200} draft_steps=${6:-400}
+config=$(dirname "$0")/../../configs/smollm2_135m_gpu.yaml
+mkdir -p "$out"
+mamba-hybrid import "$gguf" "$out/teacher" --dtype float32
+mamba-hybrid convert "$out/teacher" "$out/start" --calibrate "$text" --device cuda
+tune run distill_hybrid --config "$config" student="$out/start" teacher="$out/teacher" dataset.source="$text" \
+    output_dir="$out/target_run" max_steps="$target_steps"
+target=$out/target_run/hybrid
+mamba-hybrid draft "$target" "$out/cut" --layers 2
+tune run distill_hybrid --config "$config" student="$out/cut" teacher="$target" dataset.source="$text" \
+    output_dir="$out/draft_run" max_steps="$draft_steps" rest_lr=6e-4
+draft=$out/draft_run/hybrid
+for drafts in 0 4; do
+    flags=()
+    [ $drafts = 0 ] || flags=(--speculative-config "{\"model\": \"$draft\", \"num_speculative_tokens\": $drafts}")
+    TRITON_F32_DEFAULT=ieee mamba-hybrid generate "$target" --input "$prompts" --output "$out/answers-$drafts.jsonl" \
+        --dtype float32 --max-tokens 128 --max-model-len 4096 --overwrite "${flags[@]}"
+done
+cmp "$out/answers-0.jsonl" "$out/answers-4.jsonl" && echo "greedy answers are equal with and without drafts"
+mamba-hybrid bench serve "$target" --draft "$draft" --drafts 4 --prompts "$prompts" --clients 1,8,32 --rounds 4 \
+    --output-tokens 256 --out "$out/pair.csv" --plot "$out/pair.png" --vllm-args "--max-model-len 4096 --dtype bfloat16"
