@@ -1,6 +1,6 @@
-"""Student and teacher as the recipe runs them: wrapped so that FSDP has gathered what a forward needs, and sharded.
+"""Student and teacher as the recipes run them: wrapped so that FSDP has gathered what a forward needs, and sharded.
 
-Shapes: B rows, L tokens, M = B L, D model width, V vocabulary.
+Shapes: B rows, L tokens, M = B L, D model width, V vocabulary, I aligned layers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from mamba_hybrid.loss import Distillation, distillation_loss
 from mamba_hybrid.mixer import MixerCore
 from mamba_hybrid.model import HybridLayer
 
+from .packing import IGNORED
+
 # what `freeze` may name, and the parameters it means
 PARTS = {
     "embeddings": ("embed_tokens", "lm_head"),
@@ -28,7 +30,13 @@ PARTS = {
 }
 
 
-class Teacher(nn.Module):
+class Wrapped(nn.Module):
+    """A model with a forward of another kind."""
+
+    model: HybridMambaForCausalLM
+
+
+class Teacher(Wrapped):
     """A frozen model that gives its last hidden states, and its head, gathered, for the loss."""
 
     def __init__(self, model: HybridMambaForCausalLM) -> None:
@@ -40,7 +48,7 @@ class Teacher(nn.Module):
         return h_BLD.flatten(0, 1), self.model.lm_head.weight
 
 
-class Student(nn.Module):
+class Student(Wrapped):
     """The model to train, with the loss inside its forward: there FSDP has gathered the head that the loss needs."""
 
     def __init__(self, model: HybridMambaForCausalLM) -> None:
@@ -54,14 +62,71 @@ class Student(nn.Module):
         return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels_BL.flatten(), **loss)
 
 
+class Aligner(Wrapped):
+    """A student of which only the mixers run, each alone on what the teacher's attention in its place reads.
+
+    Nothing is learnt through other layers, so nothing of them is kept for a backward pass: a mixer's gradients are
+    taken while the teacher is at its layer.
+    """
+
+    def __init__(self, model: HybridMambaForCausalLM) -> None:
+        super().__init__()
+        self.model = model.train()
+
+    def align(self, teacher: Teacher, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+        """Accumulate the mixers' gradients on a batch.
+
+        A layer's loss is the squared error of the mixer's output, as it is added to the residual stream, relative to
+        the square of the attention's: both are means over the labelled tokens of a row. The whole loss is the mean over
+        the layers.
+
+        Args:
+            teacher: with attention where this has mixers.
+            tokens_BL, doc_BL, labels_BL: see `packing.Batch`.
+            counted: labels of all processes' step; a row weighs as much as it has labels.
+
+        Returns:
+            (I,) fp32, each layer's loss summed over the batch's labels.
+        """
+        layers = self.model.config.mixer_layers
+        counted_BL = labels_BL != IGNORED
+        weight_B = counted_BL.sum(1).float()
+        sums: dict[int, Tensor] = {}
+
+        def learn(layer: int, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+            u, batch = inputs
+            with torch.enable_grad():
+                mixer = self.model.get_submodule(f"model.layers.{layer}.mixer")
+                mine = mixer(u, batch.cos, batch.sin, batch.doc_BL)
+                error_BL, whole_BL = ((t.float() ** 2).sum(-1) * counted_BL for t in (mine - output, output))
+                loss = (error_BL.sum(1) / whole_BL.sum(1).clamp(min=1e-30) * weight_B).sum()
+                (loss / (counted * len(layers))).backward()
+            sums[layer] = loss.detach()
+
+        hooks = [
+            teacher.model.get_submodule(f"model.layers.{i}.self_attn").register_forward_hook(
+                lambda _, inputs, output, layer=i: learn(layer, inputs, output)
+            )
+            for i in layers
+        ]
+        try:
+            with torch.no_grad():
+                teacher(tokens_BL, doc_BL)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([sums[i] for i in layers])
+
+
 def shard(
-    module: Student | Teacher,
+    module: Wrapped,
     mesh: DeviceMesh,
     dtype: torch.dtype,
     *,
     masters: bool = False,
     compute_layers: bool = False,
     checkpoint_activations: bool = False,
+    mixers_alone: bool = False,
 ) -> None:
     """FSDP2, layer by layer, each moved to the mesh's device as it is sharded; the mixers' cores are units of their
     own that stay fp32.
@@ -73,6 +138,7 @@ def shard(
         masters: keep fp32 parameters, made layer by layer, so that no process holds the whole model in fp32.
         compute_layers: torch.compile each layer.
         checkpoint_activations: keep only the layers' inputs for the backward pass.
+        mixers_alone: mixers run without the layers around them.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -83,9 +149,11 @@ def shard(
         if masters:
             layer.float()
         if compute_layers:
-            layer.compile()
+            (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
             fully_shard(core, mesh=mesh, mp_policy=exact)
+        if mixers_alone and layer.is_mixer:
+            fully_shard(layer.mixer, mesh=mesh, mp_policy=policy)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if masters:
         for outer in (module.model.model.embed_tokens, module.model.model.norm, module.model.lm_head):

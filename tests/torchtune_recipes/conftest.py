@@ -78,13 +78,16 @@ def metrics(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(overrides: dict, *launcher: str, cwd: Path = ROOT) -> subprocess.Popen:
-    """`tune run` as a user types it."""
+def start(
+    overrides: dict, *launcher: str, cwd: Path = ROOT, recipe: str = "distill_hybrid", without: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """`tune run` as a user types it, without some keys of the configuration."""
     # as YAML writes them
     words = [f"{key}={json.dumps(v) if v is None or isinstance(v, list) else v}" for key, v in overrides.items()]
+    words += [f"~{key}" for key in without]
     tune = Path(sys.executable).parent / "tune"
     return subprocess.Popen(
-        [tune, "run", *launcher, "distill_hybrid", "--config", str(CONFIG), *words],
+        [tune, "run", *launcher, recipe, "--config", str(CONFIG), *words],
         cwd=cwd,
         env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -12,8 +12,9 @@ from mamba_hybrid.compare import compare
 from mamba_hybrid.draft import cut
 from mamba_hybrid.errors import UserError
 from tests.tiny import save_transformer
-from torchtune_recipes.distill_hybrid import DistillHybrid, component, run
+from torchtune_recipes.distill_hybrid import DistillHybrid, run
 from torchtune_recipes.models import PARTS
+from torchtune_recipes.recipe import component
 
 from .conftest import metrics, start
 

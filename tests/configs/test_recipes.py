@@ -1,4 +1,4 @@
-"""The shipped distillation configurations: keys, components and their arguments, headers."""
+"""The shipped configurations of recipes: keys, components and their arguments, headers."""
 
 import inspect
 import re
@@ -12,10 +12,21 @@ from omegaconf import OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from mamba_hybrid.errors import UserError
-from torchtune_recipes.distill_hybrid import DistillHybrid, component
+from torchtune_recipes.align_hybrid import AlignHybrid
+from torchtune_recipes.distill_hybrid import DistillHybrid
+from torchtune_recipes.recipe import component
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if "distill_hybrid" in p.read_text()]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid}
+
+
+def command(path) -> re.Match:
+    """The header's command that runs this file."""
+    header = path.read_text().split("\n\n")[0]
+    found = re.search(rf"tune run (--nproc_per_node \d+ )?(\w+) --config configs/{path.name}$", header, re.MULTILINE)
+    assert found and found[2] in RECIPES, header
+    return found
 
 
 def load(path, **overrides):
@@ -38,13 +49,13 @@ def components(node):
 
 
 def test_there_is_one_for_each_size():
-    assert {"smollm2_135m_cpu", "1b", "3b", "8b"} <= {p.stem for p in CONFIGS}
+    assert {"smollm2_135m_cpu", "smollm2_135m_align", "1b", "3b", "8b", "8b_align"} <= {p.stem for p in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config(path, tmp_path):
     cfg = load(path, device="cpu", output_dir=str(tmp_path / "run"))
-    recipe = DistillHybrid(cfg)  # checks every key
+    recipe = RECIPES[command(path)[2]](cfg)  # checks every key
     assert recipe.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     nodes = list(components(cfg))
     assert len(nodes) >= 4
@@ -66,8 +77,7 @@ def test_config(path, tmp_path):
 def test_header_says_how_to_run_it(path):
     header = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    command = re.search(r"tune run (--nproc_per_node \d+ )?distill_hybrid --config configs/(\S+)", header)
-    assert command and command[2] == path.name
+    assert command(path)
     assert "mamba-hybrid convert " in header and "Hardware:" in header and "Memory" in header
     cfg = OmegaConf.load(path)
     made = re.search(r"mamba-hybrid convert (\S+) (\S+) ", header)

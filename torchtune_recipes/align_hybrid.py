@@ -1,0 +1,65 @@
+"""Alignment: each mixer learns to answer as the teacher's attention in its place does, from that attention's own input.
+
+Shapes: B rows, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torchtune import config
+
+from mamba_hybrid.errors import UserError
+from mamba_hybrid.model import HybridMambaForCausalLM
+
+from .models import PARTS, Aligner, Teacher, shard
+from .recipe import HybridRecipe
+from .recipe import run as run_recipe
+
+
+class AlignHybrid(HybridRecipe):
+    """The cheap stage before distillation: no logits, no backward pass through what is not trained, all layers in one
+    forward pass of the teacher, and no error that one layer hands to the next."""
+
+    doing = "aligning"
+
+    def frozen(self) -> list[str]:
+        return [part for part in PARTS if part != "mixers"]
+
+    def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
+        mine, theirs = student.config, teacher.config
+        for name in ("hidden_size", "num_hidden_layers"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise UserError(
+                    f"{name} of student {self.cfg.student} is {getattr(mine, name)}, of teacher {self.cfg.teacher} "
+                    f"{getattr(theirs, name)}; layers are aligned one by one"
+                )
+        odd = sorted(set(mine.mixer_layers) & set(theirs.mixer_layers))
+        if odd or not mine.mixer_layers:
+            raise UserError(
+                f"teacher {self.cfg.teacher} must have attention where student {self.cfg.student} has mixers (layers "
+                f"{list(mine.mixer_layers)}); it has mixers too in {odd}"
+            )
+        self.measured = ("loss", *(f"loss_layer_{i}" for i in mine.mixer_layers))
+        self.student, self.teacher = Aligner(student), Teacher(teacher)
+        compute = bool(self.cfg.get("compile"))
+        shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
+        shard(self.teacher, mesh, self.dtype)
+
+    def learn(self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+        assert isinstance(self.student, Aligner) and isinstance(self.teacher, Teacher)
+        sums_I = self.student.align(self.teacher, tokens_BL, doc_BL, labels_BL, counted)
+        return torch.cat([sums_I.mean()[None], sums_I])
+
+
+@config.parse
+def main(cfg: DictConfig) -> int:
+    """Align a hybrid: tune run [--nproc_per_node N] align_hybrid --config FILE [key=value ...]"""
+    return run(cfg)
+
+
+def run(cfg: DictConfig) -> int:
+    """The recipe; see `recipe.run`."""
+    return run_recipe(AlignHybrid, cfg)

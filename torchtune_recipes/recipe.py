@@ -1,0 +1,429 @@
+"""What the recipes share: a hybrid student that learns from a frozen teacher, on 1..n processes.
+
+Shapes: B rows, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+from torchtune.recipe_interfaces import FTRecipeInterface
+from tqdm import tqdm
+
+from mamba_hybrid.checkpoint import FP32, load_config, load_model, save_model
+from mamba_hybrid.compare import check_vocabularies
+from mamba_hybrid.errors import UserError
+from mamba_hybrid.model import HybridMambaForCausalLM
+
+from .checkpoints import Checkpoints
+from .data import load_tokenizer
+from .models import PARTS, Wrapped
+from .order import RowOrder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REQUIRED = (
+    "output_dir", "student", "teacher", "dataset", "optimizer", "mixer_lr", "batch_size", "device", "dtype",
+)  # fmt: skip
+OPTIONAL = (
+    "gradient_accumulation_steps", "max_steps", "epochs", "lr_scheduler", "clip_grad_norm", "seed", "compile",
+    "checkpoint_every_n_steps", "keep_last_n", "resume", "log_every", "metric_loggers",
+)  # fmt: skip
+# of the configuration, what a resumed run must have as the run before, beside its data
+FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
+
+
+class HybridRecipe(FTRecipeInterface):
+    """A stage of training; one class for one process and for many: a process alone is a group of one.
+
+    A stage says which keys its configuration has beside the common ones (`required`, `optional`, `fixed`), what it
+    trains (`build`, `frozen`), and what it learns from a batch (`learn`, whose sums are named by `measured`).
+
+    Args:
+        cfg: the YAML's content; `configs/` has commented ones.
+
+    Raises:
+        UserError: a missing or contradicting key, before anything is loaded.
+    """
+
+    doing = "training"
+    required: tuple[str, ...] = REQUIRED
+    optional: tuple[str, ...] = OPTIONAL
+    fixed: tuple[str, ...] = FIXED
+    measured: tuple[str, ...] = ("loss",)  # what is logged of `learn`; the first must be finite
+    student: Wrapped
+    teacher: Wrapped
+
+    def __init__(self, cfg: DictConfig) -> None:
+        missing = [key for key in self.required if cfg.get(key) is None]
+        if missing:
+            raise UserError(f"the config lacks {', '.join(missing)}")
+        check_keys(cfg, self.required + self.optional)
+        if cfg.dtype not in DTYPES:
+            raise UserError(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}")
+        for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "log_every"):
+            value = cfg.get(key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UserError(f"{key} {value!r} must be a whole number above 0")
+        for key in ("checkpoint_every_n_steps", "keep_last_n"):
+            value = cfg.get(key)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise UserError(f"{key} {value!r} must be a whole number, 0 or null for none")
+        for key in (key for key in self.required if key.endswith("_lr")):
+            if not isinstance(cfg[key], (int, float)) or not 0 <= cfg[key] < math.inf:
+                raise UserError(f"{key} {cfg[key]!r} must be a number of at least 0")
+        if cfg.get("max_steps") is None and cfg.get("epochs") is None:
+            raise UserError("the config needs max_steps or epochs")
+        self.cfg = cfg
+        self.accumulate = cfg.get("gradient_accumulation_steps") or 1
+        self.dtype = DTYPES[cfg.dtype]
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if cfg.device not in ("cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
+            raise UserError(f"device {cfg.device!r} is not here; set device=cpu")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cpu") if cfg.device == "cpu" else torch.device("cuda", local)
+        self.step = 0
+        self.stopped = False
+        self.loggers: list[Any] = []
+        self._handlers: dict[int, Any] = {}
+        self._read_at = 0.0
+        self._bar = tqdm(disable=True)
+        self._unread: list[tuple[Tensor, dict[str, float]]] = []  # of steps whose metrics are still on the device
+
+    def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
+        """Wrap and shard both: self.student with fp32 masters of what is to be trained, and self.teacher.
+
+        Raises:
+            UserError: two models that do not fit together for this stage.
+        """
+        raise NotImplementedError
+
+    def frozen(self) -> list[str]:
+        """Parts of the student (keys of `PARTS`) that are not trained."""
+        raise NotImplementedError
+
+    def learn(self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+        """Accumulate the gradients of a batch's loss, which is a mean over the `counted` labels of all processes' step.
+
+        Returns:
+            (len(measured),) fp32: sums over the batch's labels.
+        """
+        raise NotImplementedError
+
+    def setup(self, **_: Any) -> None:
+        """Load student, teacher and data, shard, and resume where the last run stopped."""
+        cfg = self.cfg
+        torch.manual_seed(cfg.get("seed", 0))
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:  # alone: a group in memory, so that there is one code path
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+
+        self.checkpoints = Checkpoints(cfg.output_dir, cfg.get("keep_last_n", 2))
+        self._check_output()
+        # as it is stored: fp32 masters are made of it layer by layer
+        self.stored_dtype = load_config(cfg.student).dtype or torch.float32
+        student = load_model(cfg.student, self.stored_dtype)
+        teacher = load_model(cfg.teacher, self.dtype)
+        check_vocabularies(Path(cfg.teacher), teacher, Path(cfg.student), student)
+        tokenizer = load_tokenizer(cfg.student)
+        length = cfg.dataset.get("max_seq_len")
+        if not isinstance(length, int):
+            raise UserError(f"dataset.max_seq_len {length!r} must be a whole number")
+        limit = min(student.config.max_position_embeddings, teacher.config.max_position_embeddings)
+        if length > limit:
+            raise UserError(f"dataset.max_seq_len {length} is over the models' context {limit}")
+        self.data = component("dataset", cfg.dataset, tokenizer)
+        if (largest := int(self.data.tokens_RL.max())) >= student.vocab_size:
+            raise UserError(f"the tokenizer of {cfg.student} makes token {largest}, the model has {student.vocab_size}")
+        self.order = RowOrder(
+            len(self.data), cfg.batch_size, self.accumulate, cfg.get("seed", 0), self.rank, self.world
+        )
+        self.rows_per_step, self.steps_per_epoch = self.order.rows_per_step, self.order.steps_per_epoch
+        limits = [cfg.get("max_steps"), cfg.get("epochs") and cfg.epochs * self.steps_per_epoch]
+        self.steps = min(n for n in limits if n)
+
+        for part in self.frozen():
+            for name, p in student.named_parameters():
+                if any(key in name for key in PARTS[part]):
+                    p.requires_grad_(False)
+        self.build(student, teacher, mesh)
+        self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
+        self.load_checkpoint()
+        self.scheduler = self._scheduler()
+        if self.rank == 0:
+            self.loggers = [component("metric_loggers", node) for node in cfg.get("metric_loggers") or []]
+            for logger in self.loggers:
+                if hasattr(logger, "rewind"):
+                    logger.rewind(self.step)
+                logger.log_config(cfg)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._stop)
+
+    def _check_output(self) -> None:
+        out = Path(self.cfg.output_dir)
+        if out.exists() and not out.is_dir():
+            raise UserError(f"output_dir {out} is a file")
+        if self.rank == 0:
+            self.checkpoints.sweep()
+        if not self.cfg.get("resume", True) and (steps := self.checkpoints.steps()):
+            raise UserError(
+                f"output_dir {out} holds a run up to step {steps[-1]}; resume=True goes on with it, "
+                "another output_dir starts anew"
+            )
+
+    def _scheduler(self) -> Any:
+        """The schedule, standing at the step to come: the first has a rate above 0, the one after the last has 0."""
+        if not self.cfg.get("lr_scheduler"):
+            return None
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
+        return component(
+            "lr_scheduler", self.cfg.lr_scheduler, self.optimizer,
+            num_training_steps=self.steps + 1, last_epoch=self.step,
+        )  # fmt: skip
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Mixers and the rest with rates of their own; no weight decay on vectors and on the mixers' cores."""
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, p in self.student.named_parameters():
+            if not p.requires_grad:
+                continue
+            part = "mixer" if ".mixer." in name else "rest"
+            plain = p.dim() < 2 or ".core." in name
+            group = {"name": part, "params": [], "lr": self.cfg[f"{part}_lr"]}
+            if plain:
+                group["weight_decay"] = 0.0
+            groups.setdefault((part, plain), group)["params"].append(p)
+        if not groups:
+            raise UserError(f"freeze {self.frozen()} leaves nothing to train")
+        return list(groups.values())
+
+    def _stop(self, *_: Any) -> None:
+        self.stopped = True
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have as the run before, or its losses would not be those of one run."""
+        cfg = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(cfg, dict)
+        return {
+            "rows a step (batch_size x gradient_accumulation_steps x processes)": self.rows_per_step,
+            "data": self.data.digest(),
+            "steps": self.steps,
+        } | {key: cfg.get(key) for key in self.fixed}
+
+    def load_checkpoint(self, **_: Any) -> None:
+        """Resume from the newest whole checkpoint, if there is one."""
+        self.step = self.checkpoints.load_latest(self.student, self.optimizer, self._settings())
+        if self.step and self.rank == 0:
+            print(f"resuming after step {self.step} of {self.steps}", flush=True)
+
+    def save_checkpoint(self, **_: Any) -> None:
+        """Write training state for this step, its metrics first."""
+        self.read_metrics()
+        self.checkpoints.save(self.step, self.student, self.optimizer, self._settings())
+
+    def export(self) -> None:
+        """Write the student as a checkpoint that transformers and vLLM load: output_dir/hybrid."""
+        tensors = self._whole_tensors()
+        try:
+            if self.rank == 0:
+                model, like = self.student.model, self.cfg.student
+                save_model(f"{self.cfg.output_dir}/hybrid", copy.deepcopy(model.config), tensors, like, overwrite=True)
+        finally:
+            for _ in tensors:  # the other processes take part in gathering each tensor
+                pass
+        dist.barrier()
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's tensors, one gathered at a time, as they are stored."""
+        for name, p in self.student.model.named_parameters():
+            whole = p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+            # the name without what activation checkpointing adds
+            name = name.replace("_checkpoint_wrapped_module.", "")
+            yield name, whole if FP32 in name else whole.to(self.stored_dtype)
+
+    def train_step(self) -> tuple[Tensor, dict[str, float]]:
+        """One optimizer step on the step's rows.
+
+        Returns:
+            Sums over this process's labels (see `learn`), each divided by the labels of all processes, and the gradient
+            norm of all: fp32 on the device; and the rates it was made with.
+        """
+        # every process knows the whole step's rows: there is nothing to exchange
+        counted = max(self._counted(self.step), 1)
+        sums = torch.zeros(len(self.measured), device=self.device)
+        for rows in self.order.micro_batches(self.step):
+            tokens, doc, labels = self.data.batch(rows).to(self.device)
+            sums += self.learn(tokens, doc, labels, counted)
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, self.cfg.get("clip_grad_norm") or math.inf)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        rates = {f"lr_{group['name']}": float(group["lr"]) for group in self.optimizer.param_groups}
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.cat([sums / counted, norm.float()[None]]), rates
+
+    def _counted(self, step: int) -> int:
+        """Tokens with a label in a step, over all processes."""
+        return int(self.data.valid_R[self.order.step_rows(step)].sum())
+
+    def read_metrics(self) -> None:
+        """Wait for the device, and log a row for each step since the last time.
+
+        Raises:
+            UserError: a loss or gradient norm among them is not finite.
+        """
+        if not self._unread:
+            return
+        rows = torch.stack([row for row, _ in self._unread])
+        total, norms = rows[:, :-1].contiguous(), rows[:, -1].tolist()
+        dist.all_reduce(total)
+        now = time.perf_counter()
+        speed = len(rows) * self.rows_per_step * self.data.length / (now - self._read_at)
+        first = self.step - len(rows) + 1
+        for i, (values, norm) in enumerate(zip(total.tolist(), norms, strict=True)):
+            means = dict(zip(self.measured, values, strict=True))
+            if not (math.isfinite(values[0]) and math.isfinite(norm)):
+                rates = " and ".join(key for key in self.required if key.endswith("_lr"))
+                raise UserError(
+                    f"step {first + i}: loss {values[0]}, gradient norm {norm}; lower {rates}, set "
+                    "clip_grad_norm, or resume from the checkpoint before"
+                )
+            row = means | {
+                "tokens": self._counted(first + i - 1),
+                "epoch": (first + i - 1) // self.steps_per_epoch, "grad_norm": norm, "tokens_per_s": speed,
+                **self._unread[i][1],
+            }  # fmt: skip
+            if self.device.type == "cuda":
+                row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            for logger in self.loggers:
+                logger.log_dict(row, first + i)
+        self._unread.clear()
+        self._read_at = now
+        shown = {name: f"{value:.4f}" for name, value in means.items() if name in ("loss", "kl")}
+        self._bar.set_postfix(**shown, tok_s=f"{speed:.0f}", refresh=False)
+
+    def train(self, **_: Any) -> None:
+        """Run to the last step, or until a signal asks to stop; then save.
+
+        Raises:
+            UserError: a loss or gradient norm that is not finite.
+        """
+        every, log_every = self.cfg.get("checkpoint_every_n_steps") or 0, self.cfg.get("log_every") or 1
+        began, self._read_at = self.step, time.perf_counter()
+        self._bar = tqdm(total=self.steps, initial=began, desc=self.doing, unit="step", disable=self.rank != 0)
+        with self._bar:
+            while self.step < self.steps and not self._stop_together():
+                self._unread.append(self.train_step())
+                self.step += 1
+                if self.step % log_every == 0:
+                    self.read_metrics()
+                self._bar.update()
+                if every and self.step % every == 0 and self.step < self.steps:
+                    self.save_checkpoint()
+                    self._read_at = time.perf_counter()
+            self.read_metrics()
+        if self.step > began:
+            self.save_checkpoint()
+        if self.step == self.steps:
+            self.export()
+
+    def _stop_together(self) -> bool:
+        """Whether any process was asked to stop: all must leave the loop at the same step."""
+        if self.world == 1:
+            return self.stopped
+        flag = torch.tensor(float(self.stopped))  # on the CPU, where asking waits for no kernel
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def cleanup(self, **_: Any) -> None:
+        """Close loggers and the process group, hand signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for logger in self.loggers:
+            logger.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
+    """What a `_component_` node of the configuration makes.
+
+    Args:
+        key: of the node, for messages.
+        node: a dotted path under `_component_`, and keyword arguments.
+        args, more: further arguments, which the configuration does not hold.
+
+    Raises:
+        UserError: there is no such component, or it does not take these arguments.
+    """
+    if not isinstance(node, DictConfig) or "_component_" not in node:
+        raise UserError(f"{key} needs a _component_, it is {node!r}")
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    kwargs: dict[str, Any] = {str(k): v for k, v in plain.items()}
+    name = kwargs.pop("_component_")
+    try:
+        target = _get_component_from_path(name)
+        inspect.signature(target).bind(*args, **kwargs, **more)
+    except (TypeError, InstantiationError, ImportError) as e:
+        raise UserError(f"{key}: {name} with {', '.join(map(str, kwargs)) or 'no arguments'}: {e}") from e
+    return target(*args, **kwargs, **more)
+
+
+def check_keys(node: Mapping[str, Any] | DictConfig, known: tuple[str, ...], where: str = "") -> None:
+    """Raises UserError for a key that there is not; `where` stands before it."""
+    odd = sorted(str(key) for key in set(node) - set(known))
+    if odd:
+        raise UserError(f"unknown config key {where}{odd[0]}; there are {', '.join(known)}")
+
+
+def run(kind: type[HybridRecipe], cfg: DictConfig) -> int:
+    """A recipe from setup to cleanup; prints one `error:` line where the user can mend something.
+
+    Returns:
+        0, 1 after an error, 130 after a signal.
+    """
+    recipe = None
+    try:
+        recipe = kind(cfg)
+        recipe.setup()
+        recipe.train()
+        done = recipe.step == recipe.steps
+    except (UserError, OmegaConfBaseException) as e:
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error{f' (process {rank})' if rank else ''}: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if recipe is not None:
+            recipe.cleanup()
+    if recipe.rank == 0:
+        where = f"{cfg.output_dir}/hybrid" if done else f"{cfg.output_dir}/step_{recipe.step}; run again to go on"
+        print(f"{'finished' if done else 'stopped'} at step {recipe.step} of {recipe.steps}: {where}", flush=True)
+    return 0 if done else 130
