@@ -1,8 +1,9 @@
 """Random arrivals, aborts and preemptions in one engine, with drafts of random length, half of which are wrong.
 
 Usage: fuzz_run.py JOB.json, the job with `llm` (vLLM's arguments), `sequences` (prompt and reference continuation),
-`lengths` (of the prompts), `seconds`, `seed`, and the probabilities of `arrivals` and `aborts` in a step. Prints a line
-and ends with 0 if every token was the reference's and every block is free again at the end.
+`lengths` (of the prompts), `seconds`, `seed`, and the probabilities of `arrivals` and `aborts` in a step. It goes on
+for up to four times as long while nothing has been aborted, preempted or finished. Prints a line and ends with 0 if
+every token was the reference's and every block is free again at the end.
 """
 
 import json
@@ -27,9 +28,17 @@ def main() -> None:
     free = pool.get_num_free_blocks()
     running: dict[str, tuple[int, int]] = {}  # request -> its sequence and how many tokens it has got
     counts = {"asked": 0, "finished": 0, "aborted": 0, "tokens": 0}
-    end = time.monotonic() + job["seconds"]
-    while time.monotonic() < end or running:
-        if time.monotonic() < end and len(running) < 10 and rng.random() < job["arrivals"]:
+    began = time.monotonic()
+
+    def preempted() -> int:
+        return {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}["vllm:num_preemptions"]
+
+    def more() -> bool:
+        took = (time.monotonic() - began) / job["seconds"]
+        return took < 1 or (took < 4 and not (counts["finished"] and counts["aborted"] and preempted()))
+
+    while (asking := more()) or running:
+        if asking and len(running) < 10 and rng.random() < job["arrivals"]:
             which = rng.randrange(len(job["sequences"]))
             prompt = job["lengths"][which]
             new = rng.randint(1, len(job["sequences"][which]) - prompt)
@@ -63,8 +72,7 @@ def main() -> None:
         engine.step()
     left = free - pool.get_num_free_blocks()
     assert left == 0, f"{left} blocks were never freed"
-    preempted = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}["vllm:num_preemptions"]
-    print(f"no divergence, no leaked block: {counts}, preempted {preempted}")
+    print(f"no divergence, no leaked block: {counts}, preempted {preempted()}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner
         env=environment | switches,
         capture_output=True,
         text=True,
-        timeout=SECONDS + 300,
+        timeout=4 * SECONDS + 300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     counts = {name: int(n) for name, n in re.findall(r"(\w+)'?:? (\d+)", done.stdout)}
