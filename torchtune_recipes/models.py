@@ -14,11 +14,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtune.training import set_activation_checkpointing
 
 from mamba_hybrid import HybridMambaForCausalLM
-from mamba_hybrid.loss import Distillation, distillation_loss
+from mamba_hybrid.loss import IGNORED, Distillation, distillation_loss
 from mamba_hybrid.mixer import MixerCore
 from mamba_hybrid.model import HybridLayer
-
-from .packing import IGNORED
 
 # what `freeze` may name, and the parameters it means
 PARTS = {
