@@ -17,7 +17,6 @@ that what torch.compile and Triton make is on disk for the timed start.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -27,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from engines import environment, plugin, printed_rows, save
 from shapes import write
 
 KINDS = ("llama", "stock", "heads", "groups")
@@ -109,25 +109,10 @@ def measure(system: str, args: argparse.Namespace) -> None:
             print(json.dumps(row), flush=True)
 
 
-def plugin(folder: Path) -> Path:
-    """A directory that makes each of vLLM's processes know the stock model, if it is on their path."""
-    info = folder / "stock_hybrid-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stock-hybrid\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nstock_hybrid = stock:register\n")
-    return folder
-
-
 def run(system: str, argv: list[str], known: Path) -> subprocess.Popen:
     """A process for a system."""
     command = [sys.executable, __file__, "--one", system, *argv]
-    paths = [str(Path(__file__).parent), str(known), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
 
 
 def main() -> int:
@@ -166,20 +151,13 @@ def compare(args: argparse.Namespace, known: Path) -> int:
     for system in args.systems:
         began = time.perf_counter()
         process = run(system, argv, known)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                rows.append(json.loads(line))
-                print(line.strip(), flush=True)
+        rows += printed_rows(process)
         code = process.wait()
         print(f"{system}: exit {code} after {time.perf_counter() - began:.0f} s", flush=True)
         if code:
             rows.append({"system": system, "status": f"exit {code}"})
     if args.out:
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        save(args.out, COLUMNS, rows)
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

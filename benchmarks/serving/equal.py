@@ -16,9 +16,7 @@ has steps of 0.125, and a step with drafts multiplies matrices of other shapes t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import random
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from decode import plugin
+from engines import environment, plugin, save
 
 PROMPTS, NEW, CONTEXT, VOCAB = 64, 256, 4400, 512
 SYSTEMS, DTYPES = ("heads", "groups", "stock"), ("float32", "bfloat16")
@@ -124,13 +122,11 @@ def run(model: Path, dtype: str, drafts: int, folder: Path, args: argparse.Names
             "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
         }  # fmt: skip
     file = folder / f"{model.name}-{dtype}-{drafts}.json"
-    paths = [str(Path(__file__).parent), str(folder), os.environ.get("PYTHONPATH", "")]
     # vLLM's Triton attention rounds fp32 to tf32 unless Triton is told otherwise
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_F32_DEFAULT": "ieee"}
-    env |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    switches = {"TRITON_F32_DEFAULT": "ieee", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     command = [sys.executable, __file__, "--one", json.dumps({"llm": llm, "file": str(file)})]
     with file.with_suffix(".log").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | env).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment(folder, **switches)).returncode
     if code:
         lines = file.with_suffix(".log").read_text().splitlines()
         return "\n".join([line for line in lines if "Error" in line][:5] + lines[-5:])
@@ -196,10 +192,7 @@ def main() -> int:
         limit = 0 if dtype == "float32" else args.tie
         failed |= system != "stock" and row["largest_gap"] is not None and row["largest_gap"] > limit
     if args.out:
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        save(args.out, COLUMNS, rows)
     return int(failed)
 
 

@@ -12,7 +12,6 @@ switches prefix caching off, so the drafter of a system "-K" is a Llama here.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -22,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from decode import arguments_of, plugin
+from decode import arguments_of
+from engines import environment, plugin, printed_rows, save
 from shapes import write
 
 COLUMNS = ("system", "caching", "turn", "prompt_tokens", "ttft_ms_mean", "ttft_ms_p90", "hit_rate", "gpu")
@@ -101,22 +101,13 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         known = plugin(Path(folder))
-        paths = [str(Path(__file__).parent), str(known), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         for one in [f"{system} {caching}" for system in args.systems for caching in ("off", "on")]:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    rows.append(json.loads(line))
-                    print(line.strip(), flush=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
+            rows += printed_rows(process)
             failed |= process.wait() != 0
     if args.out:
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        save(args.out, COLUMNS, rows)
     return int(failed)
 
 
