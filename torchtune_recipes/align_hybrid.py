@@ -1,7 +1,4 @@
-"""Alignment: each mixer learns to answer as the teacher's attention in its place does, from that attention's own input.
-
-Shapes: B rows, L tokens of a row.
-"""
+"""Alignment: each mixer learns to answer as the attention in its place does, from that attention's own input."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from mamba_hybrid.errors import UserError
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Aligner, Teacher, shard
+from .packing import Batch
 from .recipe import HybridRecipe
 from .recipe import run as run_recipe
 
@@ -48,9 +46,9 @@ class AlignHybrid(HybridRecipe):
         shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
         shard(self.teacher, mesh, self.dtype)
 
-    def learn(self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+    def learn(self, batch: Batch, counted: int) -> Tensor:
         assert isinstance(self.student, Aligner) and isinstance(self.teacher, Teacher)
-        sums_I = self.student.align(self.teacher, tokens_BL, doc_BL, labels_BL, counted)
+        sums_I = self.student.align(self.teacher, *batch, counted)
         return torch.cat([sums_I.mean()[None], sums_I])
 
 

@@ -1,7 +1,4 @@
-"""KD-SFT: train a hybrid student to a frozen teacher's distributions.
-
-Shapes: B rows, L tokens of a row.
-"""
+"""KD-SFT: train a hybrid student to a frozen teacher's distributions."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from mamba_hybrid.errors import UserError
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Student, Teacher, shard
+from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
 
@@ -66,10 +64,10 @@ class DistillHybrid(HybridRecipe):
         )  # fmt: skip
         shard(self.teacher, mesh, self.dtype, compute_layers=compute)
 
-    def learn(self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+    def learn(self, batch: Batch, counted: int) -> Tensor:
         with torch.no_grad():
-            target = self.teacher(tokens_BL, doc_BL)
-        losses = self.student(tokens_BL, doc_BL, labels_BL, target, **self.loss)
+            target = self.teacher(batch.tokens, batch.documents)
+        losses = self.student(*batch, target, **self.loss)
         (losses.loss / counted).backward()
         return torch.stack([v.detach().float() for v in losses[:4]])
 

@@ -37,6 +37,7 @@ from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .models import PARTS, Wrapped
 from .order import RowOrder
+from .packing import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = (
@@ -119,8 +120,12 @@ class HybridRecipe(FTRecipeInterface):
         """Parts of the student (keys of `PARTS`) that are not trained."""
         raise NotImplementedError
 
-    def learn(self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+    def learn(self, batch: Batch, counted: int) -> Tensor:
         """Accumulate the gradients of a batch's loss, which is a mean over the `counted` labels of all processes' step.
+
+        Args:
+            batch: on the device.
+            counted: what `valid_R` of the data set counts (labels), over all processes and micro-batches.
 
         Returns:
             (len(measured),) fp32: sums over the batch's labels.
@@ -276,8 +281,7 @@ class HybridRecipe(FTRecipeInterface):
         counted = max(self._counted(self.step), 1)
         sums = torch.zeros(len(self.measured), device=self.device)
         for rows in self.order.micro_batches(self.step):
-            tokens, doc, labels = self.data.batch(rows).to(self.device)
-            sums += self.learn(tokens, doc, labels, counted)
+            sums += self.learn(self.data.batch(rows).to(self.device), counted)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, self.cfg.get("clip_grad_norm") or math.inf)
         if isinstance(norm, DTensor):
