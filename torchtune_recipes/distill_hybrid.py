@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.loss import check_divergence
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Student, Teacher, shard
@@ -19,7 +20,7 @@ from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
 
-LOSS = ("kl_weight", "ce_weight", "temperature", "chunk_tokens")
+LOSS = ("kl_weight", "ce_weight", "temperature", "chunk_tokens", "divergence", "skew", "beta")
 
 
 class DistillHybrid(HybridRecipe):
@@ -49,6 +50,14 @@ class DistillHybrid(HybridRecipe):
         for key in ("temperature", "chunk_tokens"):
             if loss.get(key, 1) <= 0:
                 raise UserError(f"loss.{key} {loss[key]} must be above 0")
+        kind = loss.get("divergence", "forward")
+        for key, its in (("skew", "skewed"), ("beta", "js")):
+            if key in loss and kind != its:
+                raise UserError(f"loss.{key} {loss[key]} belongs to loss.divergence {its}, not {kind}; leave it out")
+        try:
+            check_divergence(kind, loss.get("skew", 0.1), loss.get("beta", 0.5))
+        except ValueError as e:
+            raise UserError(f"loss.{e}") from e
 
     def frozen(self) -> list[str]:
         return list(self.cfg.get("freeze") or [])

@@ -38,6 +38,51 @@ def test_sums_and_gradients_are_those_of_the_formula(chunk, a, b, tau):
         torch.testing.assert_close(got, want)
 
 
+def plain_divergence(kind, p, r, skew=0.1, beta=0.5):
+    """Term by term from the definitions, of distributions."""
+
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum(-1)
+
+    if kind == "reverse":
+        return kl(r, p)
+    if kind == "skewed":
+        return kl(p, skew * p + (1 - skew) * r)
+    m = beta * p + (1 - beta) * r
+    return beta * kl(p, m) + (1 - beta) * kl(r, m)
+
+
+@pytest.mark.parametrize("more", [{}, {"skew": 0.3, "beta": 0.2}])
+@pytest.mark.parametrize(("a", "b", "tau", "chunk"), [(1.0, 0.0, 1.0, 7), (0.7, 0.3, 1.0, 100), (0.5, 0.5, 2.0, 10)])
+@pytest.mark.parametrize("kind", ["reverse", "skewed", "js"])
+def test_other_divergences_have_the_value_and_gradients_of_autograd(kind, a, b, tau, chunk, more):
+    args = sample()
+    student, head, teacher, teacher_head, labels = args
+    out = distillation_loss(
+        *args, kl_weight=a, ce_weight=b, temperature=tau, chunk_tokens=chunk, divergence=kind, **more
+    )
+    grads = torch.autograd.grad(out.loss * 0.37, args[:2])
+    _, kl, ce, *counts = naive(*args, a, b, tau)
+    p, r = ((h @ w.T / tau).softmax(-1) for h, w in ((teacher, teacher_head), (student, head)))
+    loss = a * tau**2 * plain_divergence(kind, p, r, **more)[labels != -100].sum() + b * ce
+    for got, want in zip(out, (loss, kl, ce, *counts), strict=True):
+        torch.testing.assert_close(got, want, check_dtype=False)
+    for got, want in zip(grads, torch.autograd.grad(loss * 0.37, args[:2]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skewed", "js"])
+def test_probabilities_that_vanish_leave_a_finite_loss_and_gradient(kind):
+    student, head, teacher, teacher_head, labels = (t.float() if t.is_floating_point() else t for t in sample())
+    # apart by hundreds of nats: most probabilities are 0 in fp32
+    student = (student * 100).detach().requires_grad_()
+    out = distillation_loss(student, head, teacher * 100, teacher_head, labels, divergence=kind)
+    (grad,) = torch.autograd.grad(out.loss, student)
+    assert torch.isfinite(out.loss) and torch.isfinite(grad).all() and out.loss > 0
+    bound = {"skewed": -torch.log(torch.tensor(0.1)), "js": torch.log(torch.tensor(2.0))}.get(kind, torch.inf)
+    assert out.loss / out.tokens <= bound * (1 + 1e-5)
+
+
 def test_kl_of_a_model_with_itself_is_zero():
     student, head, *_, labels = sample()
     out = distillation_loss(student, head, student.detach(), head.detach(), labels)
@@ -113,4 +158,11 @@ def test_bad_arguments():
         distillation_loss(student, head, teacher, teacher_head[:-1], labels)
     for bad in (dict(chunk_tokens=0), dict(temperature=0.0)):
         with pytest.raises(ValueError, match="must be positive"):
+            distillation_loss(student, head, teacher, teacher_head, labels, **bad)
+    for bad, says in (
+        (dict(divergence="kl"), "divergence 'kl' is none of forward, reverse, skewed, js"),
+        (dict(divergence="skewed", skew=1.0), "skew 1.0 must be between 0 and 1"),
+        (dict(divergence="js", beta=0.0), "beta 0.0 must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
             distillation_loss(student, head, teacher, teacher_head, labels, **bad)

@@ -80,6 +80,15 @@ def test_metrics_are_means_over_the_tokens_with_a_label(config, models, tmp_path
     assert row["tokens"] == int(counted.sum())
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "skewed", "js"])
+def test_other_divergences_bring_the_student_nearer(config, tmp_path, divergence):
+    assert run(config(max_steps=15, mixer_lr=3e-3, rest_lr=1e-3, **{"loss.divergence": divergence})) == 0
+    rows = metrics(tmp_path / "run")
+    for name in ("loss", "kl"):
+        assert rows[-1][name] < 0.9 * rows[0][name]
+    assert rows[0]["loss"] != rows[0]["kl"]  # which stays KL(teacher || student)
+
+
 def test_one_process_and_two_have_the_same_losses(overrides, tmp_path):
     # the second from elsewhere, where only the installed package is
     one = start(overrides(output_dir=str(tmp_path / "one")))
@@ -328,6 +337,9 @@ BAD = {
     "loss key": ({"loss.klweight": 0.1}, "unknown config key loss.klweight"),
     "loss weights": ({"loss.kl_weight": 0.0}, "one must be above 0"),
     "temperature": ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be above 0"),
+    "divergence": ({"loss.divergence": "kl"}, "loss.divergence 'kl' is none of forward, reverse, skewed, js"),
+    "skew": ({"loss.divergence": "skewed", "loss.skew": 1.5}, "loss.skew 1.5 must be between 0 and 1"),
+    "skew of another": ({"loss.skew": 0.1}, "loss.skew 0.1 belongs to loss.divergence skewed, not forward"),
     "component": ({"optimizer._component_": "torch.optim.Adamw"}, "optimizer: torch.optim.Adamw"),
     "component's argument": ({"dataset.colum": "x"}, "'colum'"),
     "interpolation": ({"output_dir": "${nothing}"}, "nothing"),
