@@ -36,7 +36,8 @@ class Limits(VerifyAndUpdateConfig):
         chunk before the block's end, which makes the cached state one of an earlier position. The tokens are the same
         without the cache, so this is a warning and not an error.
 
-        Also set here, unless the user names another: the scheduler that counts for the metrics.
+        Also set here, unless the user names others: the worker that compiles our kernels before it serves, and the
+        scheduler that counts for the metrics.
 
         Raises:
             ValueError: KV heads that do not divide among the devices, or a state dtype other than fp32 and bf16.
@@ -54,8 +55,8 @@ class Limits(VerifyAndUpdateConfig):
             )
         obstacle, speculative = None, vllm_config.speculative_config
         drafted = speculative is not None and speculative.uses_draft_model()
-        if drafted and vllm_config.use_v2_model_runner and current_platform.is_cuda() and parallel.worker_cls == "auto":
-            parallel.worker_cls = "vllm_plugin.worker.SpeculativeWorker"
+        if current_platform.is_cuda() and parallel.worker_cls == "auto":
+            parallel.worker_cls = "vllm_plugin.worker.HybridWorker"
         if speculative is not None and not vllm_config.use_v2_model_runner:
             obstacle = "with speculative decoding on Model Runner V1"
         elif speculative is not None and drafted and _has_mixers(speculative.draft_model_config):

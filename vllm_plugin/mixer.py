@@ -20,6 +20,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from mamba_hybrid.config import HybridMambaConfig
@@ -27,6 +28,9 @@ from mamba_hybrid.mixer import MixerCore
 
 from .limits import slot_layout
 from .qkv import qkv_projection
+
+# of a warm-up: so long that its state walk is cut into pieces, and more rows than 16 (`prefill`)
+LONG_PROMPT, MANY_PROMPTS = 4096, 17
 
 
 class MixerLayer(nn.Module, MambaBase):
@@ -140,9 +144,12 @@ class MixerLayer(nn.Module, MambaBase):
         if metadata is None:  # a run that only measures memory: there are no slots yet
             output.zero_()
             return
-        rows: StepRows = metadata[self.prefix]
+        self.mix(projected_states, metadata[self.prefix], output)
+
+    def mix(self, projected_MX: Tensor, rows: StepRows, output: Tensor) -> None:
+        """The same with the rows given."""
         slots = SlotTensors(**dict(zip(self.layout.fields(), self.kv_cache, strict=True)))
-        q, k, v, dt, z = projected_states.split(self.widths, -1)
+        q, k, v, dt, z = projected_MX.split(self.widths, -1)
 
         def conv(raw: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return short_conv_step(slots, self.layout, rows, raw, weight, bias)
@@ -160,3 +167,12 @@ class MixerLayer(nn.Module, MambaBase):
             near, far, z if self.z_proj is not None else None, near_weight, self.core.far_weight,
             gate=self.config.gate, norm=self.config.norm, eps=self.config.rms_norm_eps, live=rows.live, out=output,
         )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compile the kernels for prompts: one, a long one, and more than the kernels' smallest table of rows holds.
+        They write to the block that vLLM gives to no sequence."""
+        for lengths in ([self.layout.step + 1], [LONG_PROMPT], [self.layout.step + 1] * MANY_PROMPTS):
+            rows = StepRows.of([NULL_BLOCK_ID] * len(lengths), [0] * len(lengths), lengths, self.A_S.device)
+            projected_MX = self.A_S.new_zeros(sum(lengths), sum(self.widths), dtype=self.layout.dtype)
+            out_MX = projected_MX.new_empty(sum(lengths), self.o_proj.input_size_per_partition)
+            self.mix(projected_MX, rows, out_MX)

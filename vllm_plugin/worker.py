@@ -1,13 +1,15 @@
-"""The worker that speculates with draft models: vLLM's own, with our `Drafter`."""
+"""The GPU worker of hybrids: vLLM's own, which is warm when it starts to serve, and drafts by our `Drafter`."""
 
 from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from .mixer import MixerLayer
 
-class SpeculativeWorker(Worker):
-    """vLLM's GPU worker. The plugin chooses it where a hybrid is speculated for by a draft model on Model Runner V2;
-    `--worker-cls vllm_plugin.worker.SpeculativeWorker` does so for any target."""
+
+class HybridWorker(Worker):
+    """vLLM's GPU worker, which the plugin chooses for hybrids where the user names no other. On Model Runner V2 it
+    runs draft models in CUDA graphs, whatever the target: `--worker-cls vllm_plugin.worker.HybridWorker`."""
 
     def _make_model_runner(self):
         runner = super()._make_model_runner()
@@ -18,3 +20,12 @@ class SpeculativeWorker(Worker):
             if runner.speculator is not None:
                 runner.speculator = Drafter(self.vllm_config, self.device)
         return runner
+
+    def compile_or_warm_up_model(self):
+        """Compile the mixers' kernels for prompts too; vLLM's own warm-up asks for none that is long enough."""
+        if self.vllm_config.kernel_config.enable_jit_warmup:
+            layers = self.vllm_config.compilation_config.static_forward_context.values()
+            # the target's layers are alike, and so are the draft model's
+            for layer in {layer.layout: layer for layer in layers if isinstance(layer, MixerLayer)}.values():
+                layer.warm_up()
+        return super().compile_or_warm_up_model()

@@ -31,6 +31,7 @@ from torch import Tensor
 from .launch import precision
 from .slot import SlotLayout, SlotTensors
 from .ssd_forward import (
+    BY_STEP,
     LOG2_E,
     OutputsLaunch,
     StatesLaunch,
@@ -49,7 +50,7 @@ WRITE_ROWS = 16  # ring rows that one program of `_write` writes
 PROGRAMS, MOST_PIECES = 512, 16  # of a state walk
 
 
-@triton.jit
+@triton.jit(**BY_STEP)
 def _near(
     x_ptr, b_ptr, c_ptr, near_ptr, x_stride, b_stride, c_stride,
     slot_ptr, start_ptr, first_ptr, x_ring_ptr, b_ring_ptr, x_ring_stride, b_ring_stride, ROWS, scale,
@@ -114,7 +115,7 @@ def _near(
     tl.store(near_ptr_Q[:, None] + p_P[None, :], near_QP, mask=in_Q[:, None] & in_P[None, :])
 
 
-@triton.jit
+@triton.jit(**BY_STEP)
 def _write(
     x_ptr, dt_ptr, b_ptr, x_stride, dt_stride_m, dt_stride_s, b_stride,
     slot_ptr, start_ptr, first_ptr, position_ptr, x_ring_ptr, dt_ring_ptr, b_ring_ptr,
@@ -261,7 +262,7 @@ def prefill(
     rows = (slot_R, start_R, first_R1)
     ring = (slots.x, slots.dt, slots.b)
     ring_strides = [t.stride(0) for t in ring]
-    block_r = max(triton.next_power_of_2(R), 16)
+    block_r = next((most for most in (16, 256) if most >= R), triton.next_power_of_2(R))  # few, as each is compiled
     fixed = {"G": G, "P": P, "N": N, "W": W, "WINDOW": w}
     rules = {"STEP": layout.step, "REWIND": layout.rewind}
     accuracy = precision(x_MGP)
@@ -301,9 +302,10 @@ def prefill(
         _states[(tiles, R, walk.pieces)](
             x_MGP, dt_MS, A_S, B_MGN, None, slots.state, None, enter, s, piece_RESPN, fade_RES,
             *x_strides, *dt_strides, *b_strides, 0, 0, 0,
-            *rows, slots.position, *ring, slots.state.stride(0), slots.position.stride(0), *ring_strides, R,
+            *rows, slots.position, *ring, slots.state.stride(0), slots.position.stride(0), *ring_strides,
+            R, walk.pieces,
             S=S, Q=chunk, **fixed, **rules, BLOCK_R=block_r,
-            BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk), PIECES=walk.pieces,
+            BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk),
             PRECISION=accuracy, STAGES=walk.stages, num_warps=walk.warps,
         )  # fmt: skip
     block_p, block_j = block(P, launch.block_p), min(launch.block_j, chunk)

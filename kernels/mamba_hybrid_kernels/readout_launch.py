@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["live_ptr"])
 def _readout(
     near_ptr, far_ptr, z_ptr, near_weight_ptr, far_weight_ptr, live_ptr, out_ptr,
     near_stride, far_stride, z_stride, eps,

@@ -541,9 +541,9 @@ def entering_states(
     _states[(S * triton.cdiv(P, block_p) * triton.cdiv(N, block_n), b)](
         x_BLGP, dt_BLS, A_S, B_BLGN, doc_BL, state_BSPN, None, enter_BKSPN, s_BKSQ, None, None,
         *x_BLGP.stride()[:3], *dt_BLS.stride(), *B_BLGN.stride()[:3], L, L, chunks,
-        None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0,
+        None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0, 1,
         G=G, S=S, P=P, N=N, Q=chunk, WINDOW=delay, W=0, STEP=0, REWIND=0, BLOCK_R=1,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk), PIECES=1,
+        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk),
         PRECISION=precision(x_BLGP), STAGES=walk.stages, num_warps=walk.warps,
     )  # fmt: skip
     return enter_BKSPN

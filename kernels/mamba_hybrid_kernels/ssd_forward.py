@@ -104,20 +104,28 @@ def most_chunks(tokens: int, chunk: int, ring: int, window: int, step: int, rewi
     return -(-max(tokens + ring - step - rewind - window, 1) // chunk) + -(-rewind // chunk)
 
 
-@triton.jit
+# what changes from step to step of an engine, so that a prompt never waits for a compiler
+BY_STEP = {
+    "do_not_specialize": ["ROWS", "PIECES"],
+    "do_not_specialize_on_alignment": ["slot_ptr", "start_ptr", "first_ptr"],
+}
+
+
+@triton.jit(**BY_STEP)
 def _states(
     x_ptr, dt_ptr, A_ptr, b_ptr, doc_ptr, initial_ptr, final_ptr, enter_ptr, s_ptr, piece_ptr, fade_ptr,
     x_stride_b, x_stride_l, x_stride_g, dt_stride_b, dt_stride_l, dt_stride_s, b_stride_b, b_stride_l, b_stride_g,
     doc_stride, L, CHUNKS,
     slot_ptr, start_ptr, first_ptr, position_ptr, x_ring_ptr, dt_ring_ptr, b_ring_ptr,
-    state_stride, position_stride, x_ring_stride, dt_ring_stride, b_ring_stride, ROWS,
+    state_stride, position_stride, x_ring_stride, dt_ring_stride, b_ring_stride, ROWS, PIECES,
     G: tl.constexpr, S: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr,
     W: tl.constexpr, STEP: tl.constexpr, REWIND: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     RAGGED: tl.constexpr = slot_ptr is not None
     GAINS: tl.constexpr = enter_ptr is None
+    CUT: tl.constexpr = piece_ptr is not None
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -148,10 +156,10 @@ def _states(
         dt_ring_ptr += slot * dt_ring_stride + head
         initial_ptr += slot * state_stride
         piece = tl.program_id(2)
-        piece_ptr_PN = piece_ptr + row.to(tl.int64) * (PIECES * S * P * N) + tile_PN if PIECES > 1 else None
-        fade_ptr_s = fade_ptr + row * (PIECES * S) + head if PIECES > 1 else None
+        piece_ptr_PN = piece_ptr + row.to(tl.int64) * (PIECES * S * P * N) + tile_PN if CUT else None
+        fade_ptr_s = fade_ptr + row * (PIECES * S) + head if CUT else None
         first = piece * 0
-        if PIECES == 1 or GAINS:
+        if GAINS or not CUT:
             held_N = n_N < tl.where((c > 0) & (piece == 0), N, 0)
             state_PN = tl.load(initial_ptr + tile_PN, mask=in_P[:, None] & held_N[None, :], other=0).to(tl.float32)
             first = piece - 1
@@ -161,7 +169,7 @@ def _states(
                 gained_PN = tl.load(piece_ptr_PN + e * (S * P * N), mask=in_PN, other=0)
                 state_PN = state_PN * tl.exp2(tl.load(fade_ptr_s + e * S)) + gained_PN
             first = piece
-        if PIECES > 1:
+        if CUT:
             per = (folded + PIECES - 1) // PIECES * Q  # rows of a piece
     else:
         b = row.to(tl.int64)
@@ -188,7 +196,7 @@ def _states(
     for segment in tl.static_range(0 if RAGGED else 1, 1 if GAINS else 2):
         if segment == 0:
             lo, hi, last = c, to, to
-            if PIECES > 1:
+            if CUT:
                 lo = tl.minimum(c + tl.maximum(first, 0) * per, to)
                 hi = tl.minimum(lo + tl.where(first < 0, 0, per), to)
                 last = hi
@@ -196,7 +204,7 @@ def _states(
         elif RAGGED:
             lo, hi = to, end - WINDOW
             last = hi
-            if PIECES > 1:
+            if CUT:
                 last = tl.where(piece == PIECES - 1, hi, lo)
             k0 = k + folded
         else:
@@ -256,7 +264,7 @@ def _states(
         tl.store(final_ptr + row.to(tl.int64) * (S * P * N) + tile_PN, state_PN, mask=in_PN)
 
 
-@triton.jit
+@triton.jit(**BY_STEP)
 def _outputs(
     x_ptr, dt_ptr, b_ptr, c_ptr, D_ptr, doc_ptr, enter_ptr, s_ptr, y_ptr,
     x_stride_b, x_stride_l, x_stride_g, dt_stride_b, dt_stride_l, dt_stride_s, b_stride_b, b_stride_l, b_stride_g,
@@ -540,9 +548,9 @@ def ssd_forward(
     _states[(S * triton.cdiv(P, block_p) * triton.cdiv(N, block_n), b)](
         x_BLGP, dt_BLS, A_S, B_BLGN, doc_BL, state_BSPN, final_BSPN, enter_BKSPN, s_BKSQ, None, None,
         *x_BLGP.stride()[:3], *dt_BLS.stride(), *B_BLGN.stride()[:3], L, L, chunks,
-        None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0,
+        None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0, 1,
         G=G, S=S, P=P, N=N, Q=chunk, WINDOW=delay, W=0, STEP=0, REWIND=0, BLOCK_R=1,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk), PIECES=1,
+        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_J=min(walk.block_j, chunk),
         PRECISION=precision(x_BLGP), STAGES=walk.stages, num_warps=walk.warps,
     )  # fmt: skip
     y_BLHP = x_BLGP.new_empty(b, L, H, P)
