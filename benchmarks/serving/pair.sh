@@ -6,26 +6,27 @@
 # text.jsonl: {"text": ...}, for calibration and distillation (benchmarks/corpus.py makes one); prompts.jsonl:
 # {"prompt": ...}, 128 or more. The target is a hybrid with half of the attention converted, the drafter two of its
 # layers; both are distilled, each from the model it comes from. The answers with and without drafts are compared in
-# fp32, greedy.
+# fp32, greedy. Run again after an interruption it goes on: what stands in OUT is not made again.
 set -euo pipefail
 gguf=$1 text=$2 prompts=$3 out=$4 target_steps=${5:-200} draft_steps=${6:-400}
 config=$(dirname "$0")/../../configs/smollm2_135m_gpu.yaml
+target=$out/target_run/hybrid draft=$out/draft_run/hybrid
 mkdir -p "$out"
-mamba-hybrid import "$gguf" "$out/teacher" --dtype float32
-mamba-hybrid convert "$out/teacher" "$out/start" --calibrate "$text" --device cuda
-tune run distill_hybrid --config "$config" student="$out/start" teacher="$out/teacher" dataset.source="$text" \
-    output_dir="$out/target_run" max_steps="$target_steps"
-target=$out/target_run/hybrid
-mamba-hybrid draft "$target" "$out/cut" --layers 2
-tune run distill_hybrid --config "$config" student="$out/cut" teacher="$target" dataset.source="$text" \
-    output_dir="$out/draft_run" max_steps="$draft_steps" rest_lr=6e-4
-draft=$out/draft_run/hybrid
+[ -d "$out/teacher" ] || mamba-hybrid import "$gguf" "$out/teacher" --dtype float32
+[ -d "$out/start" ] || mamba-hybrid convert "$out/teacher" "$out/start" --calibrate "$text" --device cuda
+[ -d "$target" ] || tune run distill_hybrid --config "$config" student="$out/start" teacher="$out/teacher" \
+    dataset.source="$text" output_dir="$out/target_run" max_steps="$target_steps"
+[ -d "$out/cut" ] || mamba-hybrid draft "$target" "$out/cut" --layers 2
+[ -d "$draft" ] || tune run distill_hybrid --config "$config" student="$out/cut" teacher="$target" \
+    dataset.source="$text" output_dir="$out/draft_run" max_steps="$draft_steps" epochs=null rest_lr=6e-4
 for drafts in 0 4; do
     flags=()
     [ $drafts = 0 ] || flags=(--speculative-config "{\"model\": \"$draft\", \"num_speculative_tokens\": $drafts}")
     TRITON_F32_DEFAULT=ieee mamba-hybrid generate "$target" --input "$prompts" --output "$out/answers-$drafts.jsonl" \
-        --dtype float32 --max-tokens 128 --max-model-len 4096 --overwrite "${flags[@]}"
+        --dtype float32 --max-tokens 128 --max-model-len 4096 "${flags[@]}"
 done
-cmp "$out/answers-0.jsonl" "$out/answers-4.jsonl" && echo "greedy answers are equal with and without drafts"
+# rows stand in the order in which they were answered
+cmp <(sort "$out/answers-0.jsonl") <(sort "$out/answers-4.jsonl")
+echo "greedy answers are equal with and without drafts"
 mamba-hybrid bench serve "$target" --draft "$draft" --drafts 4 --prompts "$prompts" --clients 1,8,32 --rounds 4 \
     --output-tokens 256 --out "$out/pair.csv" --plot "$out/pair.png" --vllm-args "--max-model-len 4096 --dtype bfloat16"
