@@ -25,9 +25,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from mamba_hybrid_kernels import ForwardKL, forward_kl
+from mamba_hybrid_kernels.forward_kl import IGNORED
 from torch import Tensor
-
-IGNORED = -100  # label of a token that does not count, as everywhere in PyTorch
 
 
 class Distillation(NamedTuple):
@@ -162,13 +162,32 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
 }  # fmt: skip
 
 
-def _product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """a @ b accumulated and returned in `acc`."""
-    if a.dtype == acc:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=acc)  # half-precision inputs, fp32 out of the tensor cores
-    return a.to(acc) @ b.to(acc)
+def _product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
+    """a @ b + add, accumulated and returned in `acc`."""
+    if a.dtype != acc and a.is_cuda:  # half-precision inputs, fp32 out of the tensor cores
+        return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc)
+    product = a.to(acc) @ b.to(acc)
+    return product if add is None else product.add_(add)
+
+
+def _other(s_KV, t_KV, labels_K, other, setting, slope) -> tuple[ForwardKL, Tensor]:
+    """As `forward_kl`, with the slope of another divergence and its value."""
+    a, b, tau, *_ = setting
+    valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
+    agree = ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
+    log_p_KV = t_KV.div_(tau).log_softmax(-1)
+    log_q_KV = s_KV.log_softmax(-1)
+    ce = -log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
+    log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)  # the student at the temperature
+    value_K, slope_KV = other[0](log_p_KV, log_r_KV, other[1])
+    p_KV = log_p_KV.exp()
+    kl = (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
+    value = value_K.masked_fill(~valid_K, 0).sum()
+    if slope is None:
+        return ForwardKL(kl, ce, agree, None), value
+    slope_KV = slope_KV.mul_(a * tau).add_(log_q_KV.exp_(), alpha=b)
+    slope_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=slope_KV.dtype))
+    return ForwardKL(kl, ce, agree, slope_KV.masked_fill_(~valid_K[:, None], 0).to(slope)), value
 
 
 class _ChunkedDistillation(torch.autograd.Function):
@@ -186,45 +205,34 @@ class _ChunkedDistillation(torch.autograd.Function):
         kl, ce, value = student_MD.new_zeros(3, dtype=acc).unbind()
         agree = torch.zeros((), dtype=torch.int64, device=labels_M.device)
         grad_MD = torch.empty_like(student_MD) if hidden_grad else None
-        grad_VD = torch.zeros_like(student_head_VD, dtype=acc) if head_grad else None
-        valid_M = labels_M != IGNORED
+        grad_VD = None
         for at in range(0, len(labels_M), chunk):
             span = slice(at, at + chunk)
-            valid_K, label_K1 = valid_M[span], labels_M[span].clamp(min=0)[:, None]
             h_KD = student_MD[span].to(inner)
             s_KV = _product(h_KD, student_head_VD.t(), acc)
             t_KV = _product(teacher_ME[span].to(teacher_inner), teacher_head_VE.t(), acc)
-            agree += ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
-            log_p_KV = t_KV.div_(tau).log_softmax(-1)
-            del t_KV
-            log_q_KV = s_KV.log_softmax(-1)
-            ce -= log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
-            log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)  # the student at the temperature
-            del s_KV
-            if other is not None:
-                value_K, slope_KV = other[0](log_p_KV, log_r_KV, other[1])
-                value += value_K.masked_fill(~valid_K, 0).sum()
-            p_KV = log_p_KV.exp()
-            kl += (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
-            del log_p_KV
-            if grad_MD is None and grad_VD is None:
-                continue
-            # a tau (r - p), or another slope, + b (q - onehot)
-            if other is not None:
-                d_KV = slope_KV.mul_(a * tau).add_(log_q_KV.exp_(), alpha=b)
-            elif tau == 1:
-                d_KV = log_q_KV.exp_().mul_(a + b).sub_(p_KV, alpha=a)
+            wanted = inner if hidden_grad or head_grad else None
+            if other is None:
+                part = forward_kl(
+                    s_KV, t_KV, labels_M[span], kl_weight=a, ce_weight=b, temperature=tau, slope=wanted
+                )  # fmt: skip
             else:
-                d_KV = log_r_KV.exp_().mul_(a * tau).add_(log_q_KV.exp_(), alpha=b).sub_(p_KV, alpha=a * tau)
-            d_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=acc))
-            d_KV = d_KV.masked_fill_(~valid_K[:, None], 0).to(inner)
+                part, more = _other(s_KV, t_KV, labels_M[span], other, setting, wanted)
+                value += more
+            del s_KV, t_KV
+            kl += part.kl
+            ce += part.ce
+            agree += part.agree
+            d_KV = part.slope
+            if d_KV is None:
+                continue
             if grad_MD is not None:
                 grad_MD[span] = _product(d_KV, student_head_VD, acc)
-            if grad_VD is not None:
-                grad_VD += _product(d_KV.t(), h_KD, acc)
+            if head_grad:
+                grad_VD = _product(d_KV.t(), h_KD, acc, grad_VD)
         ctx.save_for_backward(grad_MD, grad_VD)
         ctx.head_dtype = head_dtype
-        tokens = valid_M.sum()
+        tokens = (labels_M != IGNORED).sum()
         loss = a * tau**2 * (kl if other is None else value) + b * ce
         ctx.mark_non_differentiable(kl, ce, agree, tokens)
         return loss, kl, ce, agree, tokens

@@ -2,11 +2,13 @@
 
 - `ssd`: the state-space recurrence over whole sequences (training, scoring).
 - `window`: softmax attention over the last `window` tokens.
+- `forward_kl`: divergence of two models' logits and its gradient.
 - `readout`: norm, weights and gate after window and state.
 - `slot`, `rows` and `replay`: what one sequence keeps between steps, the sequences of a step, and the step itself.
 """
 
 from .conv import short_conv, short_conv_step
+from .forward_kl import ForwardKL, forward_kl
 from .readout import head_norm, readout
 from .replay import replay
 from .rows import StepRows
@@ -15,10 +17,12 @@ from .ssd import delay, ssd
 from .window import window_attention
 
 __all__ = [
+    "ForwardKL",
     "SlotLayout",
     "SlotTensors",
     "StepRows",
     "delay",
+    "forward_kl",
     "head_norm",
     "readout",
     "replay",

@@ -1,0 +1,86 @@
+"""Forward KL and cross-entropy of rows of logits, with their gradient.
+
+Shapes: K tokens, V vocabulary. With t and s the teacher's and the student's logits, tau the temperature:
+
+    p = softmax(t / tau), r = softmax(s / tau), q = softmax(s)
+    kl = sum_v p_v (log p_v - log r_v),  ce = -log q_label
+    slope = a tau (r - p) + b (q - onehot(label)), the gradient of a tau^2 kl + b ce with respect to s
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a token that does not count, as everywhere in PyTorch
+
+
+class ForwardKL(NamedTuple):
+    """Sums over the tokens with a label, and the gradient.
+
+    Args:
+        kl: in nats, scalar.
+        ce: in nats, scalar.
+        agree: tokens that both rank first, scalar int64.
+        slope: (K, V), 0 for tokens without a label; None where it was not asked for.
+    """
+
+    kl: Tensor
+    ce: Tensor
+    agree: Tensor
+    slope: Tensor | None
+
+
+def forward_kl(
+    s_KV: Tensor,
+    t_KV: Tensor,
+    labels_K: Tensor,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+    temperature: float,
+    slope: torch.dtype | None,
+    backend: str | None = None,
+) -> ForwardKL:
+    """KL(teacher || student) at a temperature and the student's cross-entropy.
+
+    Args:
+        s_KV, t_KV: logits of student and teacher, fp32 (fp64 by the reference); both are used up.
+        labels_K: int64, -100 for a token that does not count.
+        kl_weight, ce_weight: a and b.
+        temperature: tau.
+        slope: dtype of the gradient, None for none.
+        backend: "triton" or "reference"; None is Triton on a GPU.
+
+    Example:
+        >>> s, t = torch.randn(2, 5), torch.randn(2, 5)
+        >>> out = forward_kl(s, t, torch.tensor([1, -100]), kl_weight=1, ce_weight=0, temperature=1, slope=s.dtype)
+        >>> out.slope.shape
+        torch.Size([2, 5])
+    """
+    if backend is None:
+        backend = "triton" if s_KV.is_cuda and s_KV.dtype == torch.float32 else "reference"
+    if backend == "triton":
+        from .forward_kl_launch import launch  # Triton is needed to run, not to import
+
+        kl_K, ce_K, agree_K, slope_KV = launch(s_KV, t_KV, labels_K, kl_weight, ce_weight, temperature, slope)
+        return ForwardKL(kl_K.sum(), ce_K.sum(), agree_K.sum(), slope_KV)
+    tau, a, b = temperature, kl_weight, ce_weight
+    valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
+    agree = ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
+    log_p_KV = t_KV.div_(tau).log_softmax(-1)
+    log_q_KV = s_KV.log_softmax(-1)
+    ce = -log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
+    log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)
+    p_KV = log_p_KV.exp()
+    kl = (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
+    if slope is None:
+        return ForwardKL(kl, ce, agree, None)
+    if tau == 1:
+        slope_KV = log_q_KV.exp_().mul_(a + b).sub_(p_KV, alpha=a)
+    else:
+        slope_KV = log_r_KV.exp_().mul_(a * tau).add_(log_q_KV.exp_(), alpha=b).sub_(p_KV, alpha=a * tau)
+    slope_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=slope_KV.dtype))
+    return ForwardKL(kl, ce, agree, slope_KV.masked_fill_(~valid_K[:, None], 0).to(slope))
