@@ -206,7 +206,7 @@ class Walk:
             start = nn.functional.embedding(ids, embed.float()).to(self.job.device)
             positions = torch.arange(ids.shape[1], device=start.device)[None]
             cos, sin = LlamaRotaryEmbedding(self.config).to(start.device)(start, positions)
-            streams = Streams(start, start, Batch(cos, sin, None, None, None, None, None))
+            streams = Streams(start, start, Batch(cos, sin))
         layers = range(self.config.num_hidden_layers)
         for i in tqdm(layers, desc="converting", unit="layer", disable=None):
             prefix = f"model.layers.{i}."

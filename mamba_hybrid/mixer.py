@@ -20,6 +20,7 @@ from mamba_hybrid_kernels import (
     SlotTensors,
     StepRows,
     head_norm,
+    packed_attention,
     readout,
     replay,
     short_conv,
@@ -119,9 +120,16 @@ class MixerCore(nn.Module):
         c, b = self.rotate(c, b, cos, sin)
         return x, b, c
 
-    def near(self, x: Tensor, b: Tensor, c: Tensor, doc_BL: Tensor | None) -> Tensor | None:
+    def near(
+        self, x: Tensor, b: Tensor, c: Tensor, doc_BL: Tensor | None, first_D1: Tensor | None = None
+    ) -> Tensor | None:
         """Attention over the window (B, L, H, P) before its weight, None without a window."""
-        return window_attention(c, b, x, self.config.window, doc_BL=doc_BL) if self.config.window else None
+        window = self.config.window
+        if not window:
+            return None
+        if first_D1 is None or self.config.state_size != self.config.head_dim:
+            return window_attention(c, b, x, window, doc_BL=doc_BL)
+        return packed_attention(c, b, x, first_D1, window=window)
 
     def far(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None) -> Tensor:
         """The SSD on what has left the window (B, L, H, P), not normed."""
@@ -139,19 +147,20 @@ class MixerCore(nn.Module):
             near, far, z, near_weight, self.far_weight, gate=c.gate, norm=c.norm, eps=c.rms_norm_eps
         )  # fmt: skip
 
-    def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None) -> Tensor:
+    def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None, first_D1=None) -> Tensor:
         """Whole sequences.
 
         Args:
             q, k, v, dt, z: the projections' outputs (B, L, ...); z None without a gate.
             cos, sin: rotary tables (B or 1, L, N).
             doc_BL: integer document ids (B, L), None for one document a row.
+            first_D1: where documents begin, see `document_starts`; None for a window with a mask.
 
         Returns:
             (B, L, H P), the input of o_proj.
         """
         x, b, c = self.inputs(q, k, v, cos, sin, doc_BL)
-        return self.readout(self.near(x, b, c, doc_BL), self.far(x, b, c, dt, doc_BL), z).to(q.dtype)
+        return self.readout(self.near(x, b, c, doc_BL, first_D1), self.far(x, b, c, dt, doc_BL), z).to(q.dtype)
 
     def step(
         self,
@@ -223,9 +232,16 @@ class HybridMixer(nn.Module):
         z = None if self.z_proj is None else self.z_proj(u)
         return self.q_proj(u), self.k_proj(u), self.v_proj(u), self.dt_proj(u), z
 
-    def forward(self, u_BLD: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        u_BLD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        doc_BL: Tensor | None = None,
+        first_D1: Tensor | None = None,
+    ) -> Tensor:
         """Whole sequences, (B, L, D) -> (B, L, D)."""
-        return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL).to(u_BLD.dtype))
+        return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL, first_D1).to(u_BLD.dtype))
 
     def step(self, u_MD: Tensor, cos: Tensor, sin: Tensor, *where) -> Tensor:
         """A ragged step, (M, D) -> (M, D); `where` is slots, layout and rows."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mamba_hybrid_kernels import StepRows
+from mamba_hybrid_kernels import StepRows, document_starts, packed_attention, packed_runs
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -35,6 +35,7 @@ class Batch:
         cos, sin: rotary tables (B, T, N).
         mask: True where a query may look (B or 1, 1, T, L), None for plain causal attention.
         doc_BL: document ids of packed rows, None for one document a row.
+        first_D1: where documents begin, for attention that needs no mask; None where that does not run.
         cache: None in training.
         valid_BT: real tokens of this pass (False is padding), with a cache only.
         rows: the slots that they continue, with a cache only.
@@ -42,11 +43,12 @@ class Batch:
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
-    doc_BL: Tensor | None
-    cache: HybridCache | None
-    valid_BT: Tensor | None
-    rows: StepRows | None
+    mask: Tensor | None = None
+    doc_BL: Tensor | None = None
+    first_D1: Tensor | None = None
+    cache: HybridCache | None = None
+    valid_BT: Tensor | None = None
+    rows: StepRows | None = None
 
 
 class Attention(nn.Module):
@@ -63,11 +65,11 @@ class Attention(nn.Module):
 
     def heads(self, u_BTD: Tensor, batch: Batch) -> Tensor:
         """The heads' outputs side by side (B, T, H P), before o_proj."""
-        q, k, v = (
-            proj(u_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, batch.cos.to(q.dtype), batch.sin.to(q.dtype))
+        q, k, v = (proj(u_BTD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, batch.cos.to(q.dtype), batch.sin.to(q.dtype), unsqueeze_dim=2)
+        if batch.first_D1 is not None:
+            return packed_attention(q, k, v, batch.first_D1).flatten(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if batch.cache is not None:
             k, v = batch.cache.append(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -99,7 +101,7 @@ class HybridLayer(nn.Module):
         if not self.is_mixer:
             return self.self_attn(u_BTD, batch)
         if batch.cache is None:
-            return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL)
+            return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
         cache, valid, rows = batch.cache, batch.valid_BT, batch.rows
         assert valid is not None and rows is not None
         out = torch.zeros_like(u_BTD)
@@ -192,8 +194,13 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         if cache is not None:
             valid_BT = h.new_ones(b, T, dtype=torch.bool) if valid_BL is None else valid_BL[:, past:]
             rows = StepRows.of(list(range(b)), cache.tokens, valid_BT.sum(1).tolist(), h.device)
-        mask = self._mask(T, past, valid_BL, document_ids, h.device)
-        batch = Batch(cos.expand(b, -1, -1), sin.expand(b, -1, -1), mask, document_ids, cache, valid_BT, rows)
+        mask = first_D1 = None
+        if cache is None and valid_BL is None and packed_runs(h, self.config.head_dim):
+            first_D1 = document_starts(document_ids, b, T, h.device)
+        else:
+            mask = self._mask(T, past, valid_BL, document_ids, h.device)
+        cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
+        batch = Batch(cos, sin, mask, document_ids, first_D1, cache, valid_BT, rows)
         for layer in self.layers:
             h = layer(h, batch)
         if cache is not None:

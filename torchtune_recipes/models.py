@@ -95,7 +95,7 @@ class Aligner(Wrapped):
             u, batch = inputs
             with torch.enable_grad():
                 mixer = self.model.get_submodule(f"model.layers.{layer}.mixer")
-                mine = mixer(u, batch.cos, batch.sin, batch.doc_BL)
+                mine = mixer(u, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
                 error_BL, whole_BL = ((t.float() ** 2).sum(-1) * counted_BL for t in (mine - output, output))
                 loss = (error_BL.sum(1) / whole_BL.sum(1).clamp(min=1e-30) * weight_B).sum()
                 (loss / (counted * len(layers))).backward()
