@@ -6,7 +6,7 @@ Shapes: R rows, B rows of one batch, L tokens of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ class Batch(NamedTuple):
         if device.type == "cuda":
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self))
         return Batch(*(t.to(device) for t in self))
+
+    def chunks(self, tokens: int) -> Iterator[Batch]:
+        """Its columns, at most so many at a time."""
+        for parts in zip(*(t.split(tokens, 1) for t in self), strict=True):
+            yield Batch(*parts)
 
 
 class PackedRows:
