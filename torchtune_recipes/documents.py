@@ -45,10 +45,12 @@ class SourceDocuments:
         settings: dict[str, Any],
     ) -> None:
         self._reader, self._tokenise, self.max_tokens = reader, tokenise, max_tokens
-        files = [[str(file), file.stat().st_size] for file in reader.files]
         self.settings = settings | {
-            "source": files or reader.source, "column": reader.column, "split": reader.split, "max_tokens": max_tokens,
-        }  # fmt: skip
+            "source": [str(file) for file in reader.files] or reader.source,
+            "column": reader.column,
+            "split": reader.split,
+            "max_tokens": max_tokens,
+        }
         self._rows: dict[str, Any] | None = None
         self._given = self._seen = 0
 

@@ -37,6 +37,7 @@ from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .models import PARTS, Wrapped
 from .packing import Batch
+from .stream import StreamError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = (
@@ -342,7 +343,12 @@ class HybridRecipe(FTRecipeInterface):
         self._bar = tqdm(total=self.steps, initial=began, desc=self.doing, unit="step", disable=self.rank != 0)
         with self._bar:
             while self.step < self.steps and not self._stop_together():
-                self._unread.append(self.train_step())
+                try:
+                    self._unread.append(self.train_step())
+                except StreamError as e:  # before the step had begun
+                    if self.step > began:
+                        self.save_checkpoint()
+                    raise UserError(f"{e} (after step {self.step}, which is saved)") from e
                 self.step += 1
                 if self.step % log_every == 0:
                     self.read_metrics()

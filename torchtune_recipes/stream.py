@@ -23,17 +23,20 @@ from .packing import Batch, PackedRows
 UNSHUFFLED = 64  # rows of a block that need not be shuffled
 
 
+class StreamError(UserError):
+    """Something is wrong with data that a running training has come to."""
+
+
 class Block(NamedTuple):
     """Consecutive rows.
 
     Args:
-        place: where in the documents they begin.
-        passes: how often the documents had ended before.
+        start, end: where in the documents they begin, and what follows them.
         rows: they themselves.
     """
 
-    place: dict[str, Any]
-    passes: int
+    start: dict[str, Any]
+    end: dict[str, Any]
     rows: PackedRows
 
 
@@ -49,7 +52,7 @@ class StreamedRows:
         shuffle_buffer: rows that are shuffled together, all in memory; 1 for the documents' own order.
 
     Raises:
-        UserError: no tokens, no token to learn in the first block, or a length below 2.
+        UserError: no tokens, no token to learn in the first block, or a length below 2; later a StreamError.
     """
 
     def __init__(self, documents: Documents, length: int, shuffle_buffer: int) -> None:
@@ -96,8 +99,10 @@ class StreamedRows:
         return Batch(*(torch.cat(parts) for parts in zip(*single, strict=True)))
 
     def place(self, rows: int) -> dict[str, Any]:
-        """What resuming behind so many rows needs beside their number, as JSON can hold it."""
-        return self._block(rows // self.size).place
+        """What resuming behind so many rows, all of them used, needs beside their number, as JSON can hold it."""
+        number, within = divmod(rows, self.size)
+        # the block to come may not be readable, and what was done is to be saved all the same
+        return self._block(number).start if within or not number else self._block(number - 1).end
 
     def resume(self, rows: int, place: dict[str, Any]) -> None:
         """Go on behind so many rows, from what `place` gave for them."""
@@ -119,12 +124,15 @@ class StreamedRows:
         if number < self._count and number not in self._blocks:
             raise ValueError(f"block {number} is gone, {self._count} comes next")
         while number >= self._count:
-            block = self._next.result()
+            try:
+                block = self._next.result()
+                if self._vocabulary is not None:
+                    block.rows.check_vocabulary(self._vocabulary)
+            except UserError as e:
+                raise StreamError(str(e)) from e
             self._next = self._thread.submit(self._read)
-            if self._vocabulary is not None:
-                block.rows.check_vocabulary(self._vocabulary)
             self._blocks[self._count] = block
-            self._seen[self._count] = block.rows.valid_R, block.passes
+            self._seen[self._count] = block.rows.valid_R, block.start["passes"]
             self._count += 1
         return self._blocks[number]
 
@@ -139,13 +147,8 @@ class StreamedRows:
         self._next = self._thread.submit(self._read)
 
     def _read(self) -> Block:
-        start = {
-            "documents": self._documents.place() if self._rest is None else self._before,
-            "offset": 0 if self._rest is None else self._offset,
-            "passes": self._passes,
-            "fresh": self._fresh,
-        }
-        passes, pieces, wanted = self._passes, [], self.size * self.length
+        start = self._here()
+        pieces, wanted = [], self.size * self.length
         while wanted:
             if self._rest is None:
                 self._before, self._offset = self._documents.place(), 0
@@ -164,4 +167,11 @@ class StreamedRows:
             self._offset += len(ids[cut])
             if self._offset == len(ids):
                 self._rest = None
-        return Block(start, passes, PackedRows(pieces, self.length))
+        return Block(start, self._here(), PackedRows(pieces, self.length))
+
+    def _here(self) -> dict[str, Any]:
+        cut = self._rest is not None
+        return {
+            "documents": self._before if cut else self._documents.place(), "offset": self._offset if cut else 0,
+            "passes": self._passes, "fresh": self._fresh,
+        }  # fmt: skip

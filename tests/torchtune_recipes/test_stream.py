@@ -168,6 +168,27 @@ def test_one_process_resumed_and_two_have_the_same_losses(config, overrides, mod
             assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-4)
 
 
+def test_a_bad_row_far_on_loses_no_step(config, models, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "AT_ONCE", 4)
+    rows = (models / "text.jsonl").read_text().splitlines()
+    data = tmp_path / "data.jsonl"
+    settings = {
+        "dataset.source": str(data), "dataset.streaming": True, "dataset.shuffle_buffer": 8, "max_steps": 12,
+    }  # fmt: skip
+    data.write_text("".join(row + "\n" for row in rows))
+    assert run(config(output_dir=str(tmp_path / "whole"), **settings)) == 0
+    broken = [*rows[:9], '{"text": 3}', *rows[10:]]
+    data.write_text("".join(row + "\n" for row in broken))
+    assert run(config(**settings)) == 1
+    steps = len(metrics(tmp_path / "run"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"data.jsonl, line 10: column 'text' holds int, not text (after step {steps}, which is saved)" in error
+    assert 0 < steps < 12 and (tmp_path / "run" / f"step_{steps}").is_dir()
+    data.write_text("".join(row + "\n" for row in rows))
+    assert run(config(**settings)) == 0
+    assert same(metrics(tmp_path / "run")) == same(metrics(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("steps", [{"epochs": 1, "max_steps": None}, {"epochs": 1, "max_steps": 5}])
 def test_a_stream_has_no_epochs(config, capsys, tmp_path, steps):
     assert run(config(**{"dataset.streaming": True, **steps})) == 1
