@@ -88,7 +88,7 @@ def calibrate_mixer(
         nn, nt = near.pow(2).sum(sums), (near * t).sum(sums)
     for half_life in half_lives:
         core.A_log.fill_(math.log(math.log(2) / half_life))  # dt is 1
-        far = core.norm(core.far(x, b, c, dt, None))
+        far = core.norm(core.far(x, b, c, dt, None)[0])
         ff, ft = far.pow(2).sum(sums), (far * t).sum(sums)
         if near is None:
             n_H, f_H = torch.zeros_like(ff), ft / ff
@@ -110,7 +110,7 @@ def calibrate_mixer(
     if core.config.window:
         core.near_weight.copy_(near_H[:, None].expand_as(core.near_weight))
 
-    y = core(q, k, v, dt, z, cos, sin).flatten(0, 1).double()
+    y = core(q, k, v, dt, z, cos, sin)[0].flatten(0, 1).double()
     want = target_BLD.flatten(0, 1).double()
     if mixer.o_proj.bias is not None:
         want = want - mixer.o_proj.bias.double()

@@ -118,6 +118,11 @@ class HybridMambaConfig(LlamaConfig):
         """Indices of the mixer layers."""
         return [i for i, kind in enumerate(self.layer_types or []) if kind == MIXER]
 
+    @property
+    def reach(self) -> int:
+        """Tokens before a chunk whose inputs a mixer looks back on: the window's and the convolution's."""
+        return self.window + max(self.short_conv - 1, 0)
+
     def slot_layout(
         self,
         *,

@@ -13,6 +13,8 @@ The state sees a token only when it has left the window, so that no token counts
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from mamba_hybrid_kernels import (
@@ -131,9 +133,14 @@ class MixerCore(nn.Module):
             return window_attention(c, b, x, window, doc_BL=doc_BL)
         return packed_attention(c, b, x, first_D1, window=window)
 
-    def far(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None) -> Tensor:
-        """The SSD on what has left the window (B, L, H, P), not normed."""
-        return ssd(x, self.step_size(dt), self.A_S, b, c, self.D, delay=self.config.window, doc_BL=doc_BL)[0]
+    def far(
+        self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, doc_BL: Tensor | None, state_BSPN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The SSD on what has left the window (B, L, H, P), not normed, and the state after it (B, S, P, N)."""
+        return ssd(
+            x, self.step_size(dt), self.A_S, b, c, self.D,
+            delay=self.config.window, doc_BL=doc_BL, state_BSPN=state_BSPN,
+        )  # fmt: skip
 
     def norm(self, y: Tensor) -> Tensor:
         """RMSNorm per head, fp32, without its weight."""
@@ -147,20 +154,32 @@ class MixerCore(nn.Module):
             near, far, z, near_weight, self.far_weight, gate=c.gate, norm=c.norm, eps=c.rms_norm_eps
         )  # fmt: skip
 
-    def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None, first_D1=None) -> Tensor:
-        """Whole sequences.
+    def forward(self, q, k, v, dt, z, cos, sin, doc_BL=None, first_D1=None, state_BSPN=None) -> tuple[Tensor, Tensor]:
+        """Whole sequences, or a chunk that follows a state.
 
         Args:
             q, k, v, dt, z: the projections' outputs (B, L, ...); z None without a gate.
             cos, sin: rotary tables (B or 1, L, N).
             doc_BL: integer document ids (B, L), None for one document a row.
-            first_D1: where documents begin, see `document_starts`; None for a window with a mask.
+            first_D1: where documents begin, see `document_starts`; None for a window with a mask, as a chunk needs.
+            state_BSPN: of what came before the inputs but for the convolution's taps; the inputs then begin with the
+                `config.reach` tokens before the chunk. None at the start of a row.
 
         Returns:
-            (B, L, H P), the input of o_proj.
+            The input of o_proj (B, L, H P), after a state without the `reach` tokens before the chunk; and the state of
+            all tokens but the last `window` (B, S, P, N).
         """
         x, b, c = self.inputs(q, k, v, cos, sin, doc_BL)
-        return self.readout(self.near(x, b, c, doc_BL, first_D1), self.far(x, b, c, dt, doc_BL), z).to(q.dtype)
+        if state_BSPN is not None and (taps := max(self.config.short_conv - 1, 0)):
+            # these the convolution needed, and the state holds them
+            x, b, c, dt = (t[:, taps:] for t in (x, b, c, dt))
+            doc_BL = None if doc_BL is None else doc_BL[:, taps:]
+        near, (far, last_BSPN) = self.near(x, b, c, doc_BL, first_D1), self.far(x, b, c, dt, doc_BL, state_BSPN)
+        if state_BSPN is not None:
+            near = None if near is None else near[:, self.config.window :]
+            far = far[:, self.config.window :]
+            z = None if z is None else z[:, self.config.reach :]
+        return self.readout(near, far, z).to(q.dtype), last_BSPN
 
     def step(
         self,
@@ -193,6 +212,24 @@ class MixerCore(nn.Module):
         c, b = self.rotate(c, b, cos, sin)
         near, far = replay(slots, layout, rows, x, self.step_size(dt), self.A_S, b, c, self.D)
         return self.readout(near, far, z).to(q.dtype)
+
+
+class MixerPast(NamedTuple):
+    """What a mixer needs of the tokens before a chunk, without gradient.
+
+    Args:
+        u: its inputs of the last `config.reach` tokens (B, reach, D), which window and convolution look back on.
+        cos, sin, doc: rotary tables and document ids of these.
+        state: of the tokens before the last `window`, of the last token's document (B, S, P, N) fp32.
+        last: that document (B,).
+    """
+
+    u: Tensor
+    cos: Tensor
+    sin: Tensor
+    doc: Tensor
+    state: Tensor
+    last: Tensor
 
 
 class ZeroLinear(nn.Linear):
@@ -241,7 +278,31 @@ class HybridMixer(nn.Module):
         first_D1: Tensor | None = None,
     ) -> Tensor:
         """Whole sequences, (B, L, D) -> (B, L, D)."""
-        return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL, first_D1).to(u_BLD.dtype))
+        return self.o_proj(self.core(*self.project(u_BLD), cos, sin, doc_BL, first_D1)[0].to(u_BLD.dtype))
+
+    def chunk(
+        self, u_BLD: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor, past: MixerPast | None
+    ) -> tuple[Tensor, MixerPast]:
+        """A chunk of a long row, (B, L, D) -> (B, L, D), and what the next chunk needs of it.
+
+        Args:
+            u_BLD, cos, sin, doc_BL: as `forward`, of the chunk alone.
+            past: what the chunk before gave, None for the first.
+        """
+        reach, state, u, doc = self.core.config.reach, None, u_BLD, doc_BL
+        if past is not None:
+            u, cos, sin, doc = (
+                torch.cat(pair, 1) for pair in ((past.u, u), (past.cos, cos), (past.sin, sin), (past.doc, doc))
+            )
+            # the scan gives an initial state to the document of its first token; without a window that is a new one
+            first = doc[:, reach - self.core.config.window]
+            state = torch.where((first == past.last)[:, None, None, None], past.state, 0)
+        y, last = self.core(*self.project(u), cos, sin, doc, None, state)
+        kept = slice(u.shape[1] - reach, None)
+        after = MixerPast(
+            u[:, kept].detach(), cos[:, kept], sin[:, kept], doc[:, kept], state=last.detach(), last=doc_BL[:, -1]
+        )
+        return self.o_proj(y.to(u.dtype)), after
 
     def step(self, u_MD: Tensor, cos: Tensor, sin: Tensor, *where) -> Tensor:
         """A ragged step, (M, D) -> (M, D); `where` is slots, layout and rows."""

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache import HybridCache
+from .carry import Carry
 from .config import HybridMambaConfig
 from .mixer import HybridMixer, MixerCore, ZeroLinear
 
@@ -39,6 +40,7 @@ class Batch:
         cache: None in training.
         valid_BT: real tokens of this pass (False is padding), with a cache only.
         rows: the slots that they continue, with a cache only.
+        carry: what the chunk before of these rows left, in training on chunks.
     """
 
     cos: Tensor
@@ -49,6 +51,7 @@ class Batch:
     cache: HybridCache | None = None
     valid_BT: Tensor | None = None
     rows: StepRows | None = None
+    carry: Carry | None = None
 
 
 class Attention(nn.Module):
@@ -72,6 +75,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if batch.cache is not None:
             k, v = batch.cache.append(self.layer, k, v)
+        if batch.carry is not None:
+            k, v = batch.carry.attend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None, enable_gqa=self.grouped
         )
@@ -100,6 +105,13 @@ class HybridLayer(nn.Module):
         """The token-mixing part, attention or mixer, of normed inputs."""
         if not self.is_mixer:
             return self.self_attn(u_BTD, batch)
+        if batch.carry is not None:
+            assert batch.doc_BL is not None
+            past = batch.carry.mixers.get(self.layer)
+            y, batch.carry.next_mixers[self.layer] = self.mixer.chunk(
+                u_BTD, batch.cos, batch.sin, batch.doc_BL, past
+            )  # fmt: skip
+            return y
         if batch.cache is None:
             return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
         cache, valid, rows = batch.cache, batch.valid_BT, batch.rows
@@ -155,6 +167,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        carry: Carry | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the last layer, normed.
@@ -168,9 +181,11 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
             use_cache: return one.
             document_ids: (B, T) integers; a token sees only tokens of its own document, and positions start
                 at 0 in each. Not with a cache.
+            carry: makes the tokens a chunk of longer rows, whose document_ids go on from the chunk before.
 
         Raises:
-            ValueError: document_ids with a cache, padding on the left without one, or both inputs.
+            ValueError: document_ids with a cache, padding on the left without one, both inputs, or a carry with
+                anything but document_ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -182,25 +197,31 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids are for training, a cache is for generation: one of them")
         past = cache.length if cache is not None else 0
+        documents = document_ids
+        if carry is not None:
+            if cache is not None or document_ids is None or attention_mask is not None or position_ids is not None:
+                raise ValueError("chunks of long rows take document_ids, no cache, mask or positions")
+            documents = carry.behind(document_ids)
+            past = documents.shape[1] - T
         valid_BL = None
         if attention_mask is not None and not bool(attention_mask.all()):
             valid_BL = attention_mask[:, -(past + T) :].bool()
         if cache is None and valid_BL is not None and not bool(valid_BL[:, 0].all()):
             raise ValueError("padding on the left needs a cache (use_cache=True); without one pad on the right")
         if position_ids is None:
-            position_ids = self._positions(b, T, past, valid_BL, document_ids, h.device)
+            position_ids = self._positions(b, T, past, valid_BL, documents, h.device)
         cos, sin = self.rotary_emb(h.float(), position_ids)
         valid_BT = rows = None
         if cache is not None:
             valid_BT = h.new_ones(b, T, dtype=torch.bool) if valid_BL is None else valid_BL[:, past:]
             rows = StepRows.of(list(range(b)), cache.tokens, valid_BT.sum(1).tolist(), h.device)
         mask = first_D1 = None
-        if cache is None and valid_BL is None and packed_runs(h, self.config.head_dim):
+        if cache is None and carry is None and valid_BL is None and packed_runs(h, self.config.head_dim):
             first_D1 = document_starts(document_ids, b, T, h.device)
         else:
-            mask = self._mask(T, past, valid_BL, document_ids, h.device)
+            mask = self._mask(T, past, valid_BL, documents, h.device)
         cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
-        batch = Batch(cos, sin, mask, document_ids, first_D1, cache, valid_BT, rows)
+        batch = Batch(cos, sin, mask, document_ids, first_D1, cache, valid_BT, rows, carry)
         for layer in self.layers:
             h = layer(h, batch)
         if cache is not None:
@@ -211,9 +232,9 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
     @staticmethod
     def _positions(b, T, past, valid_BL, document_ids, device) -> Tensor:
         if document_ids is not None:
-            columns = torch.arange(T, device=device).expand(b, T)
+            columns = torch.arange(past + T, device=device).expand(b, -1)
             starts = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-            return columns - torch.where(starts, columns, 0).cummax(1).values
+            return (columns - torch.where(starts, columns, 0).cummax(1).values)[:, past:]
         if valid_BL is not None:
             return (valid_BL.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         return torch.arange(past, past + T, device=device)[None]
@@ -228,7 +249,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
             # a padding query sees all it may by order, or its softmax would have nothing to sum over
             mask = mask & (valid_BL[:, None, None, :] | ~valid_BL[:, None, past:, None])
         if document_ids is not None:
-            mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+            mask = mask & (document_ids[:, None, past:, None] == document_ids[:, None, None, :])
         return mask
 
 

@@ -26,8 +26,12 @@ def read_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {e}") from e
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def jsonl_rows(path: Path, skip: int = 0) -> Iterator[tuple[str, Any]]:
     """(where it stands, for error messages; the row) of a JSONL file, empty lines left out.
+
+    Args:
+        path: the file.
+        skip: pass over so many rows without reading what is in them.
 
     Raises:
         UserError: the file cannot be read, or a line is no JSON.
@@ -36,6 +40,9 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
+                    continue
+                if skip:
+                    skip -= 1
                     continue
                 where = f"{path}, line {number}"
                 try:

@@ -40,6 +40,10 @@ class Checkpoints:
         found = (p.parent.name.removeprefix("step_") for p in self.directory.glob(f"step_*/{STATE}"))
         return sorted(int(name) for name in found if name.isdecimal())
 
+    def state(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside model and optimiser."""
+        return json.loads((self.directory / f"step_{step}" / STATE).read_text())
+
     def sweep(self) -> None:
         """Remove what a killed run left half-written; for one process, before any saves."""
         for entry in self.directory.glob(".step_*"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config
 
+from mamba_hybrid.carry import Carry
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import check_divergence
 from mamba_hybrid.model import HybridMambaForCausalLM
@@ -28,8 +29,8 @@ class DistillHybrid(HybridRecipe):
 
     doing = "distilling"
     required = (*REQUIRED, "rest_lr")
-    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing")
-    fixed = (*FIXED, "rest_lr", "freeze", "loss")
+    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing", "sequence_chunk")
+    fixed = (*FIXED, "rest_lr", "freeze", "loss", "sequence_chunk")
     measured = ("loss", "kl", "ce", "agreement")
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -39,6 +40,9 @@ class DistillHybrid(HybridRecipe):
         odd = sorted(set(self.frozen()) - set(PARTS))
         if odd:
             raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
+        self.chunk = cfg.get("sequence_chunk")
+        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
+            raise UserError(f"sequence_chunk {self.chunk!r} must be a whole number above 0, or null for whole rows")
         self._check_loss(loss)
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
 
@@ -63,6 +67,11 @@ class DistillHybrid(HybridRecipe):
         return list(self.cfg.get("freeze") or [])
 
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
+        reach = max((m.config.reach for m in (student, teacher) if m.config.mixer_layers), default=1)
+        if self.chunk is not None and self.chunk < reach:
+            raise UserError(
+                f"sequence_chunk {self.chunk} must be at least {reach}: a mixer looks back on so many tokens"
+            )
         compute = bool(self.cfg.get("compile"))
         self.student, self.teacher = Student(student), Teacher(teacher)
         shard(
@@ -74,9 +83,19 @@ class DistillHybrid(HybridRecipe):
         shard(self.teacher, mesh, self.dtype, compute_layers=compute)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
+        whole = self.chunk is None or self.chunk >= batch.tokens.shape[1]
+        if whole:
+            return self._learn(batch, counted, None, None)
+        sums, theirs, mine = torch.zeros(len(self.measured), device=self.device), Carry(), Carry()
+        for chunk in batch.chunks(self.chunk):
+            sums += self._learn(chunk, counted, theirs, mine)
+            theirs, mine = theirs.following(chunk.documents), mine.following(chunk.documents)
+        return sums
+
+    def _learn(self, batch: Batch, counted: int, theirs: Carry | None, mine: Carry | None) -> Tensor:
         with torch.no_grad():
-            target = self.teacher(batch.tokens, batch.documents)
-        losses = self.student(*batch, target, **self.loss)
+            target = self.teacher(batch.tokens, batch.documents, theirs)
+        losses = self.student(*batch, target, mine, **self.loss)
         (losses.loss / counted).backward()
         return torch.stack([v.detach().float() for v in losses[:4]])
 

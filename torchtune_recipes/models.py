@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtune.training import set_activation_checkpointing
 
 from mamba_hybrid import HybridMambaForCausalLM
+from mamba_hybrid.carry import Carry
 from mamba_hybrid.loss import IGNORED, Distillation, distillation_loss
 from mamba_hybrid.mixer import MixerCore
 from mamba_hybrid.model import HybridLayer
@@ -41,8 +42,8 @@ class Teacher(Wrapped):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
 
-    def forward(self, tokens_BL: Tensor, doc_BL: Tensor) -> tuple[Tensor, Tensor]:
-        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
+    def forward(self, tokens_BL: Tensor, doc_BL: Tensor, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
+        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
         return h_BLD.flatten(0, 1), self.model.lm_head.weight
 
 
@@ -54,9 +55,15 @@ class Student(Wrapped):
         self.model = model.train()
 
     def forward(
-        self, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, teacher: tuple[Tensor, Tensor], **loss: Any
+        self,
+        tokens_BL: Tensor,
+        doc_BL: Tensor,
+        labels_BL: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        carry: Carry | None = None,
+        **loss: Any,
     ) -> Distillation:
-        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
+        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
         return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels_BL.flatten(), **loss)
 
 

@@ -6,7 +6,7 @@ Shapes: R rows, B rows of one batch, L tokens of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import IGNORED
+
+from .order import RowOrder
 
 
 class Batch(NamedTuple):
@@ -36,6 +38,11 @@ class Batch(NamedTuple):
             return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self))
         return Batch(*(t.to(device) for t in self))
 
+    def chunks(self, tokens: int) -> Iterator[Batch]:
+        """Its columns, at most so many at a time."""
+        for parts in zip(*(t.split(tokens, 1) for t in self), strict=True):
+            yield Batch(*parts)
+
 
 class PackedRows:
     """All documents one behind another, cut into rows; a document that is cut goes on as one of its own.
@@ -47,7 +54,7 @@ class PackedRows:
         length: L, tokens of a row.
 
     Raises:
-        UserError: nothing to learn, or a length below 2.
+        UserError: no tokens, or a length below 2.
     """
 
     def __init__(self, documents: Iterable[tuple[list[int], list[bool] | None]], length: int) -> None:
@@ -79,8 +86,16 @@ class PackedRows:
         self.counted_RL = np.zeros_like(counted_RL)
         self.counted_RL[:, :-1] = counted_RL[:, 1:] & ~begins_RL[:, 1:]
         self.valid_R = self.counted_RL.sum(1)
+
+    def check_labels(self) -> None:
+        """Raises UserError if no token is to be learnt."""
         if not self.valid_R.any():
             raise UserError("no token of the data set is to be learnt: no turns of the assistant, or one-token rows")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises UserError for a token that a vocabulary of this size does not have."""
+        if (largest := int(self.tokens_RL.max())) >= size:
+            raise UserError(f"the tokenizer of the student makes token {largest}, the model has {size}")
 
     def __len__(self) -> int:
         return len(self.tokens_RL)
@@ -89,6 +104,20 @@ class PackedRows:
     def length(self) -> int:
         """L."""
         return self.tokens_RL.shape[1]
+
+    def order(self, batch_size: int, accumulation: int, seed: int, rank: int = 0, processes: int = 1) -> RowOrder:
+        """The order in which a run sees the rows."""
+        return RowOrder(len(self), batch_size, accumulation, seed, rank, processes)
+
+    def valid(self, rows: np.ndarray) -> int:
+        """Labels in the rows of these numbers."""
+        return int(self.valid_R[rows].sum())
+
+    def place(self, rows: int) -> None:
+        """What resuming behind so many rows needs beside their number: nothing."""
+
+    def resume(self, rows: int, place: None) -> None:
+        """Go on behind so many rows: nothing to do."""
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The rows of these numbers."""

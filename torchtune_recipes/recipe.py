@@ -36,8 +36,8 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .models import PARTS, Wrapped
-from .order import RowOrder
 from .packing import Batch
+from .stream import StreamError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = (
@@ -125,7 +125,7 @@ class HybridRecipe(FTRecipeInterface):
 
         Args:
             batch: on the device.
-            counted: what `valid_R` of the data set counts (labels), over all processes and micro-batches.
+            counted: what `valid` of the data set counts (labels), over all processes and micro-batches.
 
         Returns:
             (len(measured),) fp32: sums over the batch's labels.
@@ -161,14 +161,10 @@ class HybridRecipe(FTRecipeInterface):
         if length > limit:
             raise UserError(f"dataset.max_seq_len {length} is over the models' context {limit}")
         self.data = component("dataset", cfg.dataset, tokenizer)
-        if (largest := int(self.data.tokens_RL.max())) >= student.vocab_size:
-            raise UserError(f"the tokenizer of {cfg.student} makes token {largest}, the model has {student.vocab_size}")
-        self.order = RowOrder(
-            len(self.data), cfg.batch_size, self.accumulate, cfg.get("seed", 0), self.rank, self.world
-        )
-        self.rows_per_step, self.steps_per_epoch = self.order.rows_per_step, self.order.steps_per_epoch
-        limits = [cfg.get("max_steps"), cfg.get("epochs") and cfg.epochs * self.steps_per_epoch]
-        self.steps = min(n for n in limits if n)
+        self.data.check_vocabulary(student.vocab_size)
+        self.order = self.data.order(cfg.batch_size, self.accumulate, cfg.get("seed", 0), self.rank, self.world)
+        self.rows_per_step = self.order.rows_per_step
+        self.steps = self.order.steps(cfg.get("max_steps"), cfg.get("epochs"))
 
         for part in self.frozen():
             for name, p in student.named_parameters():
@@ -242,13 +238,16 @@ class HybridRecipe(FTRecipeInterface):
     def load_checkpoint(self, **_: Any) -> None:
         """Resume from the newest whole checkpoint, if there is one."""
         self.step = self.checkpoints.load_latest(self.student, self.optimizer, self._settings())
+        if self.step:
+            self.data.resume(self.step * self.rows_per_step, self.checkpoints.state(self.step).get("data_place"))
         if self.step and self.rank == 0:
             print(f"resuming after step {self.step} of {self.steps}", flush=True)
 
     def save_checkpoint(self, **_: Any) -> None:
         """Write training state for this step, its metrics first."""
         self.read_metrics()
-        self.checkpoints.save(self.step, self.student, self.optimizer, self._settings())
+        place = {"data_place": self.data.place(self.step * self.rows_per_step)}
+        self.checkpoints.save(self.step, self.student, self.optimizer, self._settings() | place)
 
     def export(self) -> None:
         """Write the student as a checkpoint that transformers and vLLM load: output_dir/hybrid."""
@@ -295,7 +294,7 @@ class HybridRecipe(FTRecipeInterface):
 
     def _counted(self, step: int) -> int:
         """Tokens with a label in a step, over all processes."""
-        return int(self.data.valid_R[self.order.step_rows(step)].sum())
+        return self.data.valid(self.order.step_rows(step))
 
     def read_metrics(self) -> None:
         """Wait for the device, and log a row for each step since the last time.
@@ -321,7 +320,7 @@ class HybridRecipe(FTRecipeInterface):
                 )
             row = means | {
                 "tokens": self._counted(first + i - 1),
-                "epoch": (first + i - 1) // self.steps_per_epoch, "grad_norm": norm, "tokens_per_s": speed,
+                "epoch": self.order.epoch(first + i - 1), "grad_norm": norm, "tokens_per_s": speed,
                 **self._unread[i][1],
             }  # fmt: skip
             if self.device.type == "cuda":
@@ -344,7 +343,12 @@ class HybridRecipe(FTRecipeInterface):
         self._bar = tqdm(total=self.steps, initial=began, desc=self.doing, unit="step", disable=self.rank != 0)
         with self._bar:
             while self.step < self.steps and not self._stop_together():
-                self._unread.append(self.train_step())
+                try:
+                    self._unread.append(self.train_step())
+                except StreamError as e:  # before the step had begun
+                    if self.step > began:
+                        self.save_checkpoint()
+                    raise UserError(f"{e} (after step {self.step}, which is saved)") from e
                 self.step += 1
                 if self.step % log_every == 0:
                     self.read_metrics()

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(the model's)")
     p.add_argument("--enforce-eager", action="store_true", help="do not compile: starts sooner, runs slower")
     p.add_argument("--skip-long", action="store_true", help="leave out rows that do not fit into the context")
+    p.add_argument(
+        "--training-set",
+        metavar="FILE",
+        help=".jsonl to write in the end: a conversation for each answer that is whole, as chat_dataset reads them",
+    )
     p.add_argument("--speculative-config", metavar="JSON", help="vLLM's speculative_config")
 
 
@@ -61,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from .checkpoint import check_servable
     from .results import Results
     from .rows import read_rows
+    from .training_set import TrainingSet
 
     speculative = _check_settings(args)
     config = check_servable(args.model)
@@ -77,10 +83,27 @@ def run(args: argparse.Namespace) -> int:
             f"{args.input}, line {long.line}: a prompt of {len(long.tokens)} tokens and --max-tokens "
             f"{args.max_tokens} are over the context of {context}; shorten it, lower --max-tokens or use --skip-long"
         )
-    with Results(args.output, _settings(args), {row.id: row.data for row in rows}, overwrite=args.overwrite) as results:
+    settings = _settings(args)
+    training = None
+    if args.training_set is not None:
+        if Path(args.training_set).absolute() == Path(args.output).absolute():
+            raise UserError(f"--training-set {args.training_set} is --output too; give another file")
+        if prompt := next((row for row in rows if "messages" not in row.data), None):
+            raise UserError(
+                f"{args.input}, line {prompt.line} has a 'prompt': a --training-set of conversations needs 'messages'"
+            )
+        if ended := next((row for row in rows if row.data["messages"][-1]["role"] == "assistant"), None):
+            raise UserError(f"{args.input}, line {ended.line} ends with a turn of the assistant: there is none to add")
+        training = TrainingSet(args.training_set, settings | {"model": args.model}, overwrite=args.overwrite)
+    with Results(args.output, settings, {row.id: row.data for row in rows}, overwrite=args.overwrite) as results:
         todo = [row for row in fitting if row.id not in results.done]
         if todo:
             _answer(args, todo, len(fitting), context, speculative, results)
+    if training is not None:
+        whole, cut = training.write(args.output, [row.id for row in rows])
+        print(
+            f"{whole} conversations, {cut} answers cut off at --max-tokens left out; {training.path}", file=sys.stderr
+        )
     skipped = len(rows) - len(fitting)
     print(
         f"{len(todo)} rows answered, {len(fitting) - len(todo)} were there"

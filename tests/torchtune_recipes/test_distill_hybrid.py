@@ -334,6 +334,8 @@ BAD = {
     "length": ({"dataset.max_seq_len": 100_000}, "over the models' context"),
     "short rows": ({"dataset.max_seq_len": 1}, "max_seq_len 1 must be at least 2"),
     "typing error": ({"mixer_rl": 0.1}, "unknown config key mixer_rl"),
+    "chunk": ({"sequence_chunk": 0}, "sequence_chunk 0 must be a whole number above 0"),
+    "short chunk": ({"sequence_chunk": 7}, "sequence_chunk 7 must be at least 8"),
     "loss key": ({"loss.klweight": 0.1}, "unknown config key loss.klweight"),
     "loss weights": ({"loss.kl_weight": 0.0}, "one must be above 0"),
     "temperature": ({"loss.temperature": 0.0}, "loss.temperature 0.0 must be above 0"),

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ from mamba_hybrid.errors import UserError
 from vllm_plugin.generate import add_arguments, fingerprint, row_seed
 from vllm_plugin.results import Results
 from vllm_plugin.rows import read_rows
+from vllm_plugin.training_set import TrainingSet
 
 from .tiny_hybrid import prompts, reference, text
 
@@ -87,6 +89,7 @@ def test_no_chat_template(tmp_path, tokenizer):
         (["--batch", "0"], ["--batch 0"]),
         (["--speculative-config", "{"], ["--speculative-config", "no JSON"]),
         (["--speculative-config", "3"], ["--speculative-config 3"]),
+        (["--training-set", "set.jsonl"], ["in.jsonl, line 1 has a 'prompt'", "--training-set"]),
     ],
 )
 def test_refused_before_the_engine_starts(hybrids, tmp_path, capsys, flags, words):
@@ -177,10 +180,67 @@ def test_fingerprint_and_seed(hybrids, tmp_path):
     assert row_seed(0, "a") == row_seed(0, "a")
 
 
+ASKED = [{"messages": [{"role": "user", "content": f"w{i}"}], "id": f"q{i}"} for i in range(4)]
+
+
+def answered(path, asked, *finished):
+    """An output file as `generate` writes it, answers in an order of their own."""
+    with Results(path, SETTINGS, {row["id"]: row for row in asked}) as results:
+        for row in reversed(asked):
+            outputs = [{"text": f"to {row['id']}", "finish_reason": reason, "tokens": 2} for reason in finished]
+            results.append({"id": row["id"], "input": row, "outputs": outputs})
+    return path
+
+
+def test_training_set(tmp_path, tokenizer):
+    from torchtune_recipes.data import chat_dataset
+
+    out = answered(tmp_path / "out.jsonl", ASKED, "stop", "length", "stop")
+    made = TrainingSet(tmp_path / "set.jsonl", SETTINGS)
+    assert made.write(out, ["q0", "q2", "q1", "q9"]) == (6, 3)
+    lines = [json.loads(line) for line in made.path.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["q0", "q0", "q2", "q2", "q1", "q1"]
+    assert lines[0]["messages"] == [*ASKED[0]["messages"], {"role": "assistant", "content": "to q0"}]
+    record = json.loads((tmp_path / "set.jsonl.json").read_text())
+    assert record["settings"] == SETTINGS and record["conversations"] == 6 and record["cut_off"] == 3
+    # what it was made for
+    labels = chat_dataset(tokenizer, str(made.path), 64).batch(np.array([0])).labels[0]
+    assert tokenizer.decode(labels[labels != -100]).startswith("<pad> <pad> </s> <pad> <pad> </s>")  # to q0, to q0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "set.jsonl", "set.jsonl.json"]
+
+
+def test_training_set_refuses(tmp_path, hybrids, capsys):
+    out, path = answered(tmp_path / "out.jsonl", ASKED, "stop"), tmp_path / "set.jsonl"
+    TrainingSet(path, SETTINGS).write(out, ["q1"])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"was made with temperature 0.0, not 0.5; give another --training-set"):
+        TrainingSet(path, SETTINGS | {"temperature": 0.5})
+    TrainingSet(path, SETTINGS | {"temperature": 0.5}, overwrite=True)
+    assert path.read_bytes() == before
+    (tmp_path / "set.jsonl.json").unlink()
+    with pytest.raises(UserError, match="has no record"):
+        TrainingSet(path, SETTINGS)
+    with pytest.raises(UserError, match="there is no directory"):
+        TrainingSet(tmp_path / "none" / "set.jsonl", SETTINGS)
+    cut = answered(tmp_path / "cut.jsonl", ASKED, "length")
+    with pytest.raises(UserError, match="all 4 answers were cut off"):
+        TrainingSet(tmp_path / "none.jsonl", SETTINGS).write(cut, [row["id"] for row in ASKED])
+    assert not list(tmp_path.glob("*none.jsonl*"))
+    ended = {"messages": [{"role": "user", "content": "w9"}, {"role": "assistant", "content": "w8"}]}
+    rows = write(tmp_path / "in.jsonl", json.dumps(ended))
+    flags = ["--output", str(tmp_path / "o.jsonl"), "--training-set", str(tmp_path / "s.jsonl")]
+    assert main(["generate", str(hybrids["shared"]), "--input", str(rows), *flags]) == 1
+    assert "line 1 ends with a turn of the assistant" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_run_continues(hybrids, tmp_path, environment):
     asked = prompts([5, 40, 90, 3, 150, 17, 64, 8], seed=3)
-    rows = [json.dumps({"prompt": text(p)}) for p in asked] + [json.dumps({"prompt": text(prompts([400])[0])})]
+    # the first as a conversation, whose prompt the template makes
+    talk = {"messages": [{"role": "user", "content": text(asked[0])}]}
+    rows = [json.dumps(talk), *(json.dumps({"prompt": text(p)}) for p in asked[1:])]
+    asked[0] = [3, 5, *asked[0], 2, 4, 5]
+    rows += [json.dumps({"prompt": text(prompts([400])[0])})]
     write(tmp_path / "in.jsonl", *rows)
     out = tmp_path / "out.jsonl"
     command = [
@@ -225,6 +285,14 @@ def test_killed_run_continues(hybrids, tmp_path, environment):
             greedy += output["text"].split()[:4] == [f"w{t}" for t in best]
     # almost no temperature: nearly all begin as the best tokens do
     assert greedy > 0.8 * 3 * len(asked)
+
+    # the real answers as a training set, as if the model had ended them
+    whole = out.read_text().replace('"finish_reason": "length"', '"finish_reason": "stop"')
+    made = TrainingSet(tmp_path / "set.jsonl", {})
+    assert made.write(write(tmp_path / "whole.jsonl", *whole.splitlines()), [1]) == (3, 0)
+    outputs = next(a["outputs"] for a in answers if a["id"] == 1)
+    said = [json.loads(line)["messages"] for line in made.path.read_text().splitlines()]
+    assert said == [[*talk["messages"], {"role": "assistant", "content": o["text"]}] for o in outputs]
 
     third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert third.returncode == 0 and "0 rows answered" in third.stderr
