@@ -16,7 +16,11 @@ from .version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value behind flags, which argparse does not put together
+        args.overrides += rest
     try:
         return args.run(args)
     except UserError as e:
@@ -34,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="make a hybrid of a Llama, Mistral or Qwen2"))
     _add_inspect(commands.add_parser("inspect", help="layers, parameters, bytes of a sequence"))
     _add_compare(commands.add_parser("compare", help="KL of students from their teacher on a text"))
+    _add_plan(commands.add_parser("plan", help="memory and time of a recipe, before anything is run"))
     _add_draft(commands.add_parser("draft", help="a drafter for a model: a few of its layers, to be distilled"))
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
@@ -156,6 +161,41 @@ def _compare(args: argparse.Namespace) -> int:
     print(format_distances(distances))
     if args.json:
         Path(args.json).write_text(json.dumps({k: dataclasses.asdict(d) for k, d in distances.items()}, indent=1))
+    return 0
+
+
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", metavar="CONFIG", help="a recipe's YAML")
+    p.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="as for tune run")
+    p.add_argument("--recipe", help="its name (that of the tune run line in CONFIG's header)")
+    p.add_argument("--gpus", type=int, help="one for each process (as in that line, else 1)")
+    p.add_argument("--gpu-mem", type=float, default=80, metavar="GB", help="memory of a GPU in 10^9 bytes (80)")
+    p.add_argument("--student-config", metavar="FILE", help="config.json, where the model is not there yet")
+    p.add_argument("--teacher-config", metavar="FILE", help="the same of the teacher")
+    p.add_argument("--keep", type=float, default=0.5, help="attention of a student that is not converted yet (0.5)")
+    p.add_argument("--tflops", type=float, default=989, help="of a GPU at most (989: H100 SXM, dense bf16)")
+    p.add_argument("--mfu", type=float, default=0.4, help="share of them that is reached (0.4)")
+    p.add_argument("--link", type=float, default=300, metavar="GB/s", help="what comes to a GPU from others (300)")
+    p.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    try:
+        from torchtune_recipes.plan import format_plan, plan
+    except ImportError as e:
+        raise UserError(f"plan needs the recipes' packages ({e}): pip install 'mamba-hybrid[train]'") from e
+
+    figures = plan(
+        args.config,
+        args.overrides,
+        recipe=args.recipe,
+        gpus=args.gpus,
+        gpu_gb=args.gpu_mem,
+        student_config=args.student_config,
+        teacher_config=args.teacher_config,
+        keep=args.keep,
+    )
+    print(format_plan(figures, tflops=args.tflops, mfu=args.mfu, link=args.link))
     return 0
 
 
