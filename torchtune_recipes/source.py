@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ from mamba_hybrid.text import jsonl_rows, read_file
 
 LOCAL = (".jsonl", ".json", ".parquet", ".txt")
 
+Column = str | Mapping[str, str]  # one, or several as key of the configuration -> column
 
-def read_rows(source: str | list[str], column: str, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """Values of one column, row after row.
+
+def read_rows(source: str | list[str], column: Column, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Values of one column or of several, row after row.
 
     Args:
         source: a .jsonl (or .json with a row a line), .parquet or .txt file (one row, its text), a glob pattern
             of such files, a list of these, or the name of a data set on the hub.
-        column: whose values are wanted; a .txt file has the column "text".
+        column: whose values are wanted; a .txt file has the column "text". Of several, as {key of the configuration:
+            column}, the value is a dict with these keys.
         split: of a data set on the hub.
 
     Yields:
@@ -48,41 +51,44 @@ def read_rows(source: str | list[str], column: str, split: str = "train") -> Ite
                 yield from _jsonl(file, column)
 
 
-def _value(where: str, row: Any, column: str) -> tuple[str, Any]:
+def _value(where: str, row: Any, column: Column) -> tuple[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, not an object with columns")
-    if row.get(column) is None:
-        raise UserError(f"{where} has no column {column!r}, only {sorted(row)}; set dataset.column")
-    return where, row[column]
+    for key, name in _names(column).items():
+        if row.get(name) is None:
+            raise UserError(f"{where} has no column {name!r}, only {sorted(row)}; set dataset.{key}")
+    return where, row[column] if isinstance(column, str) else {key: row[name] for key, name in column.items()}
 
 
-def _jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _names(column: Column) -> Mapping[str, str]:
+    return {"column": column} if isinstance(column, str) else column
+
+
+def _jsonl(file: Path, column: Column) -> Iterator[tuple[str, Any]]:
     for where, row in jsonl_rows(file):
         yield _value(where, row, column)
 
 
-def _text(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _text(file: Path, column: Column) -> Iterator[tuple[str, Any]]:
     yield _value(str(file), {"text": read_file(file)}, column)
 
 
-def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+def _parquet(file: Path, column: Column) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet  # takes a while, and JSONL needs none of it
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"{file}, row 1 has no column {column!r}, only {sorted(names)}; set dataset.column")
+        _value(f"{file}, row 1", dict.fromkeys(table.schema_arrow.names, True), column)
         number = 0
-        for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(column).to_pylist():
+        for batch in table.iter_batches(columns=list(_names(column).values())):
+            for row in batch.to_pylist():
                 number += 1
-                yield _value(f"{file}, row {number}", {column: value}, column)
+                yield _value(f"{file}, row {number}", row, column)
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{file} cannot be read: {e}") from e
 
 
-def _hub(name: str, column: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub(name: str, column: Column, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -91,7 +97,6 @@ def _hub(name: str, column: str, split: str) -> Iterator[tuple[str, Any]]:
         raise UserError(
             f"dataset.source {name} is no file, and the hub gives no split {split!r} of it: {str(e).splitlines()[0]}"
         ) from e
-    if column not in rows.column_names:
-        raise UserError(f"{name}, row 1 has no column {column!r}, only {sorted(rows.column_names)}; set dataset.column")
-    for number, value in enumerate(rows[column], 1):
-        yield _value(f"{name}, row {number}", {column: value}, column)
+    _value(f"{name}, row 1", dict.fromkeys(rows.column_names, True), column)
+    for number, row in enumerate(rows.select_columns(list(_names(column).values())), 1):
+        yield _value(f"{name}, row {number}", row, column)
