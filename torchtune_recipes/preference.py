@@ -101,15 +101,7 @@ class PairRows:
                 self.dropped += 1
         if not kept:
             raise UserError(f"no pair is left; {self.dropped} are longer than dataset.max_seq_len {length}")
-        free_R = np.full(len(kept), length)
-        rows: list[list[Pair]] = []
-        for pair in kept:
-            # the row after the last used one is empty, so there is always one
-            row = int(np.argmax(free_R[: len(rows) + 1] >= pair.length))
-            if row == len(rows):
-                rows.append([])
-            rows[row].append(pair)
-            free_R[row] -= pair.length
+        rows = _first_fit(kept, length)
         self.tokens_RL = np.zeros((len(rows), length), np.int32)
         self.documents_RL = np.zeros((len(rows), length), np.int32)
         # position t predicts token t + 1 of an answer
@@ -154,6 +146,20 @@ class PairRows:
         for array in (self.tokens_RL, self.documents_RL, self.counted_RL):
             h.update(array.tobytes())
         return h.hexdigest()[:16]
+
+
+def _first_fit(pairs: list[Pair], length: int) -> list[list[Pair]]:
+    """The pairs of each row of that many tokens."""
+    free_R = np.full(len(pairs), length)
+    rows: list[list[Pair]] = []
+    for pair in pairs:
+        # the row after the last used one is empty, so there is always one
+        row = int(np.argmax(free_R[: len(rows) + 1] >= pair.length))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(pair)
+        free_R[row] -= pair.length
+    return rows
 
 
 def preference_dataset(

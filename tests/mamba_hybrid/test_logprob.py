@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mamba_hybrid.logprob import sequence_log_probs
 
@@ -57,6 +59,29 @@ def test_bf16_inputs_are_summed_in_fp32():
     for a, b in zip(torch.autograd.grad(mixed(got), args[:2]), torch.autograd.grad(mixed(want), exact), strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=2e-3)
+
+
+class Watch(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that any operation returns, the backward pass included."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.largest = max(self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+def test_never_more_logits_than_a_chunks():
+    M, D, V, chunk = 400, 4, 300, 25
+    hidden, head = torch.randn(M, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    labels, sizes = torch.randint(V, (M,)), torch.tensor([100, 300])
+    largest = []
+    for function in (naive, lambda *args: sequence_log_probs(*args, chunk_tokens=chunk)):
+        with Watch() as watch:
+            function(hidden, head, labels, sizes).sum().backward()
+        largest.append(watch.largest)
+    assert largest == [M * V, chunk * V]
 
 
 @pytest.mark.gpu

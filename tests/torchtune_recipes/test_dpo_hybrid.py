@@ -12,7 +12,7 @@ from torch import nn
 
 from mamba_hybrid.checkpoint import load_model, save_model
 from mamba_hybrid.errors import UserError
-from tests.tiny import tokenizer
+from tests.tiny import save_transformer, tokenizer
 from torchtune_recipes.data import load_tokenizer
 from torchtune_recipes.dpo_hybrid import DpoHybrid, Scorer, preference_loss, run
 from torchtune_recipes.models import PARTS
@@ -128,7 +128,12 @@ def plain_loss(kind, policy, reference, sizes, beta, weight):
 def test_loss_and_gradients_are_those_of_the_formula_without_packing(
     config, models, tmp_path, kind, reference, weight, monkeypatch
 ):
-    loss = {"loss": {"_component_": kind, "beta": 0.5}, "reference": reference, "sft_weight": weight}
+    path = models / "teacher"
+    if kind == IPO:  # a teacher of another shape
+        path = save_transformer(tmp_path / "teacher", hidden_size=96, num_hidden_layers=2)
+    loss = {
+        "loss": {"_component_": kind, "beta": 0.5}, "reference": reference, "sft_weight": weight, "teacher": str(path)
+    }  # fmt: skip
     read = []
     monkeypatch.setattr(
         "torchtune_recipes.recipe.load_model", lambda p, d: read.append(Path(p).name) or load_model(p, d)
@@ -143,7 +148,7 @@ def test_loss_and_gradients_are_those_of_the_formula_without_packing(
         grads = {name: p.grad.full_tensor() for name, p in recipe.student.model.named_parameters()}
     finally:
         recipe.cleanup()
-    student, teacher = (load_model(models / name) for name in ("hybrid", "teacher"))
+    student, teacher = load_model(models / "hybrid"), load_model(path)
     policy, sizes = plain_log_probs(student, pairs)
     with torch.no_grad():
         references = {name: plain_log_probs(m, pairs)[0] for name, m in (("student", student), ("teacher", teacher))}
@@ -177,9 +182,10 @@ def test_loss_and_gradients_are_those_of_the_formula_without_packing(
     assert row["pairs"] == len(pairs)
 
 
-def test_the_reference_stays_what_it_was(config, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_reference_stays_what_it_was(config, dtype):
     """Of the student's own start, the first margins are 0, and the reference does not follow the student."""
-    recipe = ready(config(reference="student", mixer_lr=1e-3, rest_lr=1e-3, lr_scheduler=None))
+    recipe = ready(config(dtype=dtype, reference="student", mixer_lr=1e-3, rest_lr=1e-3, lr_scheduler=None))
     try:
         batch = recipe.data.batch(recipe.order.step_rows(0).ravel())
         before = recipe.log_probs(recipe.teacher, batch)
