@@ -347,6 +347,14 @@ def test_bad_input_is_one_clear_line(case, config, pairs, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "takes_reference"), [(DPO, True), ("torchtune.rlhf.loss.RSOLoss", True), (IPO, True), (SIMPO, False)]
+)
+def test_losses_that_can_be_named(name, takes_reference):
+    loss, takes = preference_loss(OmegaConf.create({"_component_": name}))
+    assert type(loss).__name__ == name.split(".")[-1] and takes == takes_reference
+
+
 class MeanLoss(nn.Module):
     """As DPO's, but a mean over the pairs, which would be taken twice."""
 
