@@ -29,7 +29,11 @@ WITH_REFERENCE = (*POLICY_ONLY, "reference_chosen_logps", "reference_rejected_lo
 
 
 class Scorer(Wrapped):
-    """A model that gives answers' log-probabilities, made inside its forward: there FSDP has gathered the head."""
+    """A model that gives answers' log-probabilities, made inside its forward: there FSDP has gathered the head.
+
+    Args:
+        model: in the mode, training or evaluation, that it is to run in.
+    """
 
     def __init__(self, model: HybridMambaForCausalLM) -> None:
         super().__init__()
@@ -38,15 +42,22 @@ class Scorer(Wrapped):
     def forward(
         self, tokens_BL: Tensor, doc_BL: Tensor, positions_M: Tensor, labels_M: Tensor, sizes_P2: Tensor, chunk: int
     ) -> Tensor:
-        """(2 P,) of each pair's chosen and rejected answer in nats; see `preference.PairBatch`."""
+        """(2 P,) fp32, of each pair's chosen and rejected answer in nats; the arguments are `PairBatch`'s and how many
+        tokens' logits exist at a time."""
         h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
         h_MD = h_BLD.flatten(0, 1).index_select(0, positions_M)
         return sequence_log_probs(h_MD, self.model.lm_head.weight, labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
 
 
 class DpoHybrid(HybridRecipe):
-    """Preference learning after KD-SFT. The reference is the teacher, as section 3 of arXiv 2408.15237 has it, or the
-    student as it was at the start, or, for a loss that takes none, not there.
+    """Preference learning after KD-SFT.
+
+    The loss of a pair is the configured one of the answers' log-probabilities, plus `sft_weight` times the chosen
+    answer's negative log-likelihood per token. The reference is the teacher, as section 3 of arXiv 2408.15237 has it,
+    or the student as it was at the start (`reference: student`); a loss that takes none has none loaded.
+
+    Raises:
+        UserError: as HybridRecipe, and for a loss that is not of that kind.
     """
 
     doing = "preferring"

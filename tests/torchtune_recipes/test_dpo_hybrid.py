@@ -203,7 +203,7 @@ def tune(models: Path, pairs: str, out: Path) -> Path:
     rows = preference_dataset(load_tokenizer(str(models / "hybrid")), pairs, 200, prompt="prompt")
     model = load_model(models / "hybrid").train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(40):
+    for step in range(30):
         batch = rows.batch(np.random.default_rng(step).integers(0, len(rows), 4))
         logits = model(batch.tokens, document_ids=batch.documents).logits.flatten(0, 1)[batch.positions]
         F.cross_entropy(logits, batch.labels).backward()
@@ -229,7 +229,7 @@ def test_preferences_are_learnt_and_the_chosen_answers_stay(config, models, pair
     for name, more in {"shipped": {}, "without": {"sft_weight": 0.0}}.items():
         out = tmp_path / name
         paths = {"student": str(tuned), "teacher": str(tuned), "output_dir": str(out)}
-        assert run(config(**paths, **more, max_steps=30, mixer_lr=3e-3, rest_lr=3e-3)) == 0
+        assert run(config(**paths, **more, max_steps=20, mixer_lr=3e-3, rest_lr=3e-3)) == 0
         row = metrics(out)[-1]
         assert row["accuracy"] > 0.95 and row["reward_margin"] > 1
         after = log_probs(out / "hybrid")
