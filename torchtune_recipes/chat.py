@@ -38,14 +38,9 @@ def render(
         UserError: the tokenizer has no template, the template refuses the conversation, or it rewrites earlier
             turns when later ones come, so that the assistant's part cannot be told.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; use text_dataset")
 
     def template(upto: int, prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=prompt)
-        except Exception as e:  # Jinja's errors and whatever a template raises
-            raise UserError(f"{where} does not fit the chat template: {str(e).splitlines()[0]}") from e
+        return _apply_template(where, messages[:upto], tokenizer, prompt)
 
     text = template(len(messages), False)
     if everything:
@@ -63,6 +58,37 @@ def render(
         if start < end:
             raise UserError(f"{where}: two turns of the assistant follow each other")
     return text, [range(start, end) for start, end in cuts]
+
+
+def render_answer(
+    where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[range]]:
+    """As `render`, but only the assistant's last answer is learnt: earlier turns may change as the template likes.
+
+    Raises:
+        UserError: the last message is not the assistant's, the tokenizer has no template, or the template refuses the
+            conversation or does not begin it with the prompt.
+    """
+    if messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"{where} ends with a message of {messages[-1]['role']!r}; the last one must be the assistant's"
+        )
+    head = _apply_template(where, messages[:-1], tokenizer, True) if len(messages) > 1 else ""
+    text = _apply_template(where, messages, tokenizer, False)
+    if not text.startswith(head):
+        raise UserError(f"{where}: the chat template changes the prompt as the answer comes")
+    return text, [range(len(head), len(text))]
+
+
+def _apply_template(
+    where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, prompt: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; text_dataset needs none")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except Exception as e:  # Jinja's errors and whatever a template raises
+        raise UserError(f"{where} does not fit the chat template: {str(e).splitlines()[0]}") from e
 
 
 def trained_tokens(offsets: list[tuple[int, int]], spans: list[range]) -> list[bool]:

@@ -5,7 +5,6 @@ Shapes: R rows, B rows of one batch, L tokens of a row.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import IGNORED
 
-from .order import RowOrder
+from .rows import Rows
 
 
 class Batch(NamedTuple):
@@ -44,7 +43,7 @@ class Batch(NamedTuple):
             yield Batch(*parts)
 
 
-class PackedRows:
+class PackedRows(Rows):
     """All documents one behind another, cut into rows; a document that is cut goes on as one of its own.
 
     Only the last row is padded, at its end, with a document of its own that has no labels.
@@ -92,42 +91,8 @@ class PackedRows:
         if not self.valid_R.any():
             raise UserError("no token of the data set is to be learnt: no turns of the assistant, or one-token rows")
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raises UserError for a token that a vocabulary of this size does not have."""
-        if (largest := int(self.tokens_RL.max())) >= size:
-            raise UserError(f"the tokenizer of the student makes token {largest}, the model has {size}")
-
-    def __len__(self) -> int:
-        return len(self.tokens_RL)
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return self.tokens_RL.shape[1]
-
-    def order(self, batch_size: int, accumulation: int, seed: int, rank: int = 0, processes: int = 1) -> RowOrder:
-        """The order in which a run sees the rows."""
-        return RowOrder(len(self), batch_size, accumulation, seed, rank, processes)
-
-    def valid(self, rows: np.ndarray) -> int:
-        """Labels in the rows of these numbers."""
-        return int(self.valid_R[rows].sum())
-
-    def place(self, rows: int) -> None:
-        """What resuming behind so many rows needs beside their number: nothing."""
-
-    def resume(self, rows: int, place: None) -> None:
-        """Go on behind so many rows: nothing to do."""
-
     def batch(self, rows: np.ndarray) -> Batch:
         """The rows of these numbers."""
         tokens_BL = torch.from_numpy(self.tokens_RL[rows].astype(np.int64))
         labels_BL = torch.where(torch.from_numpy(self.counted_RL[rows]), tokens_BL.roll(-1, 1), IGNORED)
         return Batch(tokens_BL, torch.from_numpy(self.documents_RL[rows].astype(np.int64)), labels_BL)
-
-    def digest(self) -> str:
-        """Fingerprint of what the rows hold."""
-        h = hashlib.sha256(str(self.tokens_RL.shape).encode())
-        for array in (self.tokens_RL, self.documents_RL, self.counted_RL):
-            h.update(array.tobytes())
-        return h.hexdigest()[:16]

@@ -36,8 +36,8 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .models import PARTS, Wrapped
-from .packing import Batch
-from .stream import StreamError
+from .packing import PackedRows
+from .stream import StreamedRows, StreamError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REQUIRED = (
@@ -65,10 +65,14 @@ class HybridRecipe(FTRecipeInterface):
     """
 
     doing = "training"
+    takes: Any = (PackedRows, StreamedRows)  # what the data set may be, and what makes it
+    makers: tuple[str, ...] = ("data.text_dataset", "data.chat_dataset", "data.mixed_dataset")
     required: tuple[str, ...] = REQUIRED
     optional: tuple[str, ...] = OPTIONAL
     fixed: tuple[str, ...] = FIXED
     measured: tuple[str, ...] = ("loss",)  # what is logged of `learn`; the first must be finite
+    counts = "tokens"  # what `valid_R` of the data set counts
+    teacher_path: str | None  # none where there is nothing to learn from a teacher
     student: Wrapped
     teacher: Wrapped
 
@@ -93,6 +97,7 @@ class HybridRecipe(FTRecipeInterface):
         if cfg.get("max_steps") is None and cfg.get("epochs") is None:
             raise UserError("the config needs max_steps or epochs")
         self.cfg = cfg
+        self.teacher_path = cfg.get("teacher")
         self.accumulate = cfg.get("gradient_accumulation_steps") or 1
         self.dtype = DTYPES[cfg.dtype]
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,6 +116,10 @@ class HybridRecipe(FTRecipeInterface):
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         """Wrap and shard both: self.student with fp32 masters of what is to be trained, and self.teacher.
 
+        Args:
+            student, teacher: on the CPU; one and the same where `teacher_path` is None.
+            mesh: of all processes.
+
         Raises:
             UserError: two models that do not fit together for this stage.
         """
@@ -120,11 +129,11 @@ class HybridRecipe(FTRecipeInterface):
         """Parts of the student (keys of `PARTS`) that are not trained."""
         raise NotImplementedError
 
-    def learn(self, batch: Batch, counted: int) -> Tensor:
+    def learn(self, batch: Any, counted: int) -> Tensor:
         """Accumulate the gradients of a batch's loss, which is a mean over the `counted` labels of all processes' step.
 
         Args:
-            batch: on the device.
+            batch: what the data set's `batch` makes, on the device.
             counted: what `valid` of the data set counts (labels), over all processes and micro-batches.
 
         Returns:
@@ -151,8 +160,10 @@ class HybridRecipe(FTRecipeInterface):
         # as it is stored: fp32 masters are made of it layer by layer
         self.stored_dtype = load_config(cfg.student).dtype or torch.float32
         student = load_model(cfg.student, self.stored_dtype)
-        teacher = load_model(cfg.teacher, self.dtype)
-        check_vocabularies(Path(cfg.teacher), teacher, Path(cfg.student), student)
+        teacher = student
+        if self.teacher_path is not None:
+            teacher = load_model(self.teacher_path, self.dtype)
+            check_vocabularies(Path(self.teacher_path), teacher, Path(cfg.student), student)
         tokenizer = load_tokenizer(cfg.student)
         length = cfg.dataset.get("max_seq_len")
         if not isinstance(length, int):
@@ -161,6 +172,9 @@ class HybridRecipe(FTRecipeInterface):
         if length > limit:
             raise UserError(f"dataset.max_seq_len {length} is over the models' context {limit}")
         self.data = component("dataset", cfg.dataset, tokenizer)
+        if not isinstance(self.data, self.takes):
+            makers = " or ".join(f"torchtune_recipes.{name}" for name in self.makers)
+            raise UserError(f"dataset {cfg.dataset._component_} makes no rows for {self.doing}; use {makers}")
         self.data.check_vocabulary(student.vocab_size)
         self.order = self.data.order(cfg.batch_size, self.accumulate, cfg.get("seed", 0), self.rank, self.world)
         self.rows_per_step = self.order.rows_per_step
@@ -319,7 +333,7 @@ class HybridRecipe(FTRecipeInterface):
                     "clip_grad_norm, or resume from the checkpoint before"
                 )
             row = means | {
-                "tokens": self._counted(first + i - 1),
+                self.counts: self._counted(first + i - 1),
                 "epoch": self.order.epoch(first + i - 1), "grad_norm": norm, "tokens_per_s": speed,
                 **self._unread[i][1],
             }  # fmt: skip

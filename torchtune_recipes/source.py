@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ from mamba_hybrid.text import jsonl_rows, read_file
 LOCAL = (".jsonl", ".json", ".parquet", ".txt")
 
 Row = tuple[str, Any]  # where it stands, for error messages; the value of its column
+Column = str | Mapping[str, str]  # one, or several as key of the configuration -> column
 
 
-def read_rows(source: str | list[str], column: str, split: str = "train") -> Iterator[Row]:
-    """Values of one column, row after row: see `RowReader`."""
+def read_rows(source: str | list[str], column: Column, split: str = "train") -> Iterator[Row]:
+    """Values of one column or of several, row after row: see `RowReader`."""
     yield from RowReader(source, column, split)
 
 
 class RowReader:
-    """Values of one column, row after row, of which a reader can go on where another one stopped.
+    """Values of one column or of several, row after row, of which a reader can go on where another one stopped.
 
     Args:
         source: a .jsonl (or .json with a row a line), .parquet or .txt file (one row, its text), a glob pattern
             of such files, a list of these, or the name of a data set on the hub.
-        column: whose values are wanted; a .txt file has the column "text".
+        column: whose values are wanted; a .txt file has the column "text". Of several, as {key of the configuration:
+            column}, the value is a dict with these keys.
         split: of a data set on the hub.
         streaming: do not download a data set of the hub first; files are read as they are needed anyway.
 
@@ -34,7 +36,9 @@ class RowReader:
         UserError: no such file or data set; while reading, a file that cannot be read or a row without the column.
     """
 
-    def __init__(self, source: str | list[str], column: str, split: str = "train", *, streaming: bool = False) -> None:
+    def __init__(
+        self, source: str | list[str], column: Column, split: str = "train", *, streaming: bool = False
+    ) -> None:
         self.source, self.column, self.split, self.streaming = source, column, split, streaming
         self._place: dict[str, Any] = {"file": 0, "rows": 0}
         self._hub: Any = None
@@ -97,11 +101,8 @@ class RowReader:
             ) from e
         names = rows.column_names  # a stream may not know
         if names is not None:
-            if self.column not in names:
-                raise UserError(
-                    f"{self.source}, row 1 has no column {self.column!r}, only {sorted(names)}; set dataset.column"
-                )
-            rows = rows.select_columns([self.column])
+            _value(f"{self.source}, row 1", dict.fromkeys(names, True), self.column)
+            rows = rows.select_columns(list(_names(self.column).values()))
         return rows
 
     def _hub_rows(self, number: int) -> Iterator[Row]:
@@ -121,44 +122,48 @@ def _line(e: Exception) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def _value(where: str, row: Any, column: str) -> Row:
+def _value(where: str, row: Any, column: Column) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, not an object with columns")
-    if row.get(column) is None:
-        raise UserError(f"{where} has no column {column!r}, only {sorted(row)}; set dataset.column")
-    return where, row[column]
+    for key, name in _names(column).items():
+        if row.get(name) is None:
+            raise UserError(f"{where} has no column {name!r}, only {sorted(row)}; set dataset.{key}")
+    return where, row[column] if isinstance(column, str) else {key: row[name] for key, name in column.items()}
 
 
-def _jsonl(file: Path, column: str, skip: int) -> Iterator[Row]:
+def _names(column: Column) -> Mapping[str, str]:
+    return {"column": column} if isinstance(column, str) else column
+
+
+def _jsonl(file: Path, column: Column, skip: int) -> Iterator[Row]:
     for where, row in jsonl_rows(file, skip):
         yield _value(where, row, column)
 
 
-def _text(file: Path, column: str, skip: int) -> Iterator[Row]:
+def _text(file: Path, column: Column, skip: int) -> Iterator[Row]:
     if not skip:
         yield _value(str(file), {"text": read_file(file)}, column)
 
 
-def _parquet(file: Path, column: str, skip: int) -> Iterator[Row]:
+def _parquet(file: Path, column: Column, skip: int) -> Iterator[Row]:
     import pyarrow.parquet  # takes a while, and JSONL needs none of it
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"{file}, row 1 has no column {column!r}, only {sorted(names)}; set dataset.column")
+        _value(f"{file}, row 1", dict.fromkeys(table.schema_arrow.names, True), column)
         number = 0
+        columns = list(_names(column).values())
         for group in range(table.num_row_groups):
             if number + (rows := table.metadata.row_group(group).num_rows) <= skip:
                 number += rows
                 continue
-            for batch in table.iter_batches(row_groups=[group], columns=[column]):
-                for value in batch.column(column).to_pylist():
+            for batch in table.iter_batches(row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
                     number += 1
                     if number > skip:
-                        yield _value(f"{file}, row {number}", {column: value}, column)
+                        yield _value(f"{file}, row {number}", row, column)
     except (OSError, pyarrow.ArrowException) as e:
         raise UserError(f"{file} cannot be read: {e}") from e
 
 
-READERS: dict[str, Callable[[Path, str, int], Iterator[Row]]] = {".parquet": _parquet, ".txt": _text}
+READERS: dict[str, Callable[[Path, Column, int], Iterator[Row]]] = {".parquet": _parquet, ".txt": _text}

@@ -14,11 +14,12 @@ from torchtune.config._utils import _get_component_from_path
 from mamba_hybrid.errors import UserError
 from torchtune_recipes.align_hybrid import AlignHybrid
 from torchtune_recipes.distill_hybrid import DistillHybrid
+from torchtune_recipes.dpo_hybrid import DpoHybrid
 from torchtune_recipes.recipe import component
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid}
+RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid, "dpo_hybrid": DpoHybrid}
 
 
 def command(path) -> re.Match:
@@ -49,7 +50,9 @@ def components(node):
 
 
 def test_there_is_one_for_each_size():
-    assert {"smollm2_135m_cpu", "smollm2_135m_align", "1b", "3b", "8b", "8b_align"} <= {p.stem for p in CONFIGS}
+    assert {"smollm2_135m_cpu", "smollm2_135m_align", "1b", "3b", "8b", "8b_align", "8b_dpo"} <= {
+        p.stem for p in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -81,7 +84,10 @@ def test_header_says_how_to_run_it(path):
     assert "mamba-hybrid convert " in header and "Hardware:" in header and "Memory" in header
     cfg = OmegaConf.load(path)
     made = re.search(r"mamba-hybrid convert (\S+) (\S+) ", header)
-    assert made[2] == cfg.student
+    # what a stage starts from comes out of a command before it
+    stages = [ROOT / name for name in re.findall(r"--config (configs/\w+\.yaml)$", header, re.MULTILINE)]
+    results = [f"{OmegaConf.load(stage).output_dir}/hybrid" for stage in stages if stage != path]
+    assert cfg.student in (made[2], *results)
 
 
 def test_a_typing_error_in_a_component_is_found(tmp_path):

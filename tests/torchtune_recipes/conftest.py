@@ -79,7 +79,12 @@ def metrics(run: str | Path) -> list[dict]:
 
 
 def start(
-    overrides: dict, *launcher: str, cwd: Path = ROOT, recipe: str = "distill_hybrid", without: tuple[str, ...] = ()
+    overrides: dict,
+    *launcher: str,
+    cwd: Path = ROOT,
+    recipe: str = "distill_hybrid",
+    config: Path = CONFIG,
+    without: tuple[str, ...] = (),
 ) -> subprocess.Popen:
     """`tune run` as a user types it, without some keys of the configuration."""
     # as YAML writes them
@@ -87,7 +92,7 @@ def start(
     words += [f"~{key}" for key in without]
     tune = Path(sys.executable).parent / "tune"
     return subprocess.Popen(
-        [tune, "run", *launcher, recipe, "--config", str(CONFIG), *words],
+        [tune, "run", *launcher, recipe, "--config", str(config), *words],
         cwd=cwd,
         env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
