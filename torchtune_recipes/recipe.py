@@ -362,7 +362,7 @@ class HybridRecipe(FTRecipeInterface):
                 except StreamError as e:  # before the step had begun
                     if self.step > began:
                         self.save_checkpoint()
-                    raise UserError(f"{e} (after step {self.step}, which is saved)") from e
+                    raise UserError(f"{e} (step {self.step} is saved)" if self.step else str(e)) from e
                 self.step += 1
                 if self.step % log_every == 0:
                     self.read_metrics()

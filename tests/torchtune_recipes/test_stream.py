@@ -182,7 +182,7 @@ def test_a_bad_row_far_on_loses_no_step(config, models, capsys, tmp_path, monkey
     assert run(config(**settings)) == 1
     steps = len(metrics(tmp_path / "run"))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"data.jsonl, line 10: column 'text' holds int, not text (after step {steps}, which is saved)" in error
+    assert f"data.jsonl, line 10: column 'text' holds int, not text (step {steps} is saved)" in error
     assert 0 < steps < 12 and (tmp_path / "run" / f"step_{steps}").is_dir()
     data.write_text("".join(row + "\n" for row in rows))
     assert run(config(**settings)) == 0
