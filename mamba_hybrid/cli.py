@@ -15,7 +15,7 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
-    parser = _parser()
+    parser = command_parser()
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="mamba-hybrid", description="Transformers into attention-SSM hybrids.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
     _add_generate(commands.add_parser("generate", help="answers to a file of prompts, resumable"))
+    _add_run(commands.add_parser("run", help="a pipeline of commands and recipes, resumable"))
     _add_bench(commands.add_parser("bench", help="a model, its drafter and others under vLLM's load generator"))
     return parser
 
@@ -217,6 +219,23 @@ def _generate(args: argparse.Namespace) -> int:
     from vllm_plugin.generate import run
 
     return run(args)
+
+
+def _add_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("pipeline", metavar="FILE", help=".yaml with the steps; see docs/pipelines.md")
+    p.add_argument("changes", nargs="*", metavar="key=value", help="of the pipeline's variables")
+    p.add_argument("--from", dest="start", metavar="STEP", help="do this step and all after it anew")
+    p.add_argument("--dry-run", action="store_true", help="only print the commands")
+    p.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        from .pipeline import run
+    except ModuleNotFoundError as e:
+        raise UserError(f"pipelines need {e.name}: pip install 'mamba-hybrid[train]'") from e
+
+    return run(args.pipeline, args.changes, start=args.start, dry_run=args.dry_run)
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:
