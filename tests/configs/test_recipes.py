@@ -15,10 +15,11 @@ from mamba_hybrid.errors import UserError
 from torchtune_recipes.align_hybrid import AlignHybrid
 from torchtune_recipes.distill_hybrid import DistillHybrid
 from torchtune_recipes.recipe import component
+from torchtune_recipes.select_layers import SelectLayers
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid}
+RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid, "select_layers": SelectLayers}
 
 
 def command(path) -> re.Match:
