@@ -52,11 +52,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="SRC", help="Hugging Face directory or .gguf file")
+    p.add_argument("source", metavar="SRC", help="Hugging Face directory or .gguf file; a hybrid keeps its mixers")
     p.add_argument("out", metavar="OUT", help="directory to write; appears only when it is whole")
     which = p.add_mutually_exclusive_group()
+    which.add_argument("--layers-from", metavar="FILE", help="layers.json of select_layers: those stay attention")
     which.add_argument("--attention-layers", type=_numbers, metavar="1,3,...", help="layers that stay attention")
     which.add_argument("--keep", type=float, default=0.5, help="share that stays attention, evenly spread (0.5)")
+    p.add_argument("--mixers-from", metavar="DIR", help="hybrid whose mixers the converted layers get, as they are")
     p.add_argument("--window", type=int, help="tokens of attention in a mixer (64; 0: pure SSM)")
     p.add_argument("--state-heads", type=int, metavar="N", help="states of a mixer (the query heads)")
     p.add_argument("--short-conv", type=int, choices=(0, 4), help="depthwise convolution in the mixers (0)")
@@ -78,7 +80,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .convert import Conversion, convert, format_report
+    from .convert import Conversion, convert, format_report, read_layers
 
     mixer = {
         "window": args.window,
@@ -88,13 +90,15 @@ def _convert(args: argparse.Namespace) -> int:
         "ssm_rope": args.ssm_rope,
         "max_position_embeddings": args.max_positions,
     }
+    layers = args.attention_layers if args.layers_from is None else read_layers(args.layers_from, args.source)
     report = convert(
         Conversion(
             source=args.source,
             out=args.out,
-            attention_layers=args.attention_layers,
+            attention_layers=layers,
             keep=args.keep,
             mixer={k: v for k, v in mixer.items() if v is not None},
+            mixers_from=args.mixers_from,
             init=args.init,
             calibrate=args.calibrate,
             column=args.column,
