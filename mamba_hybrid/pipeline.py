@@ -395,8 +395,10 @@ def _locked(directory: Path) -> Iterator[int]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise UserError(f"{directory}: a step of this pipeline is running; wait for it or end it") from e
+        except OSError as e:
+            raise UserError(f"output_dir {directory} cannot be locked: {e.strerror}; put it on another disk") from e
         yield lock
     finally:
         os.close(lock)

@@ -109,6 +109,8 @@ def test_the_blend_against_the_models_it_is_made_of(selection, models, mixers):
         with torch.no_grad():
             for name, layers in {"all": [0, 1, 2, 3], "none": [], "one": [1]}.items():
                 kls[name] = recipe.student("imitate", recipe._open(layers), *batch, target)[0].kl.item()
+            tokens, asked, answers = rows = recipe._recall_rows(batch.tokens, 0)
+            surprise, right = recipe.student("recall", recipe._open([]), *rows)
     finally:
         recipe.cleanup()
     teacher, student = (load_model(path) for path in (models / "teacher", mixers))
@@ -119,6 +121,11 @@ def test_the_blend_against_the_models_it_is_made_of(selection, models, mixers):
             p, q = (m(batch.tokens, document_ids=batch.documents).logits.log_softmax(-1) for m in (teacher, student))
         return float((p.exp() * (p - q)).sum(-1)[counted].sum())
 
+    with torch.no_grad():
+        q = student(tokens).logits.log_softmax(-1)
+    told = q[torch.arange(len(asked))[:, None], asked]
+    assert surprise.item() == pytest.approx(-told.gather(-1, answers[..., None]).sum().item(), rel=1e-4)
+    assert right.item() == (told.argmax(-1) == answers).sum()
     assert abs(kls["all"]) < 1e-3
     assert kls["none"] == pytest.approx(kl(), rel=1e-4)
     student.model.layers[1].self_attn, student.model.layers[1].is_mixer = teacher.model.layers[1].self_attn, False
