@@ -34,10 +34,10 @@ INPUTS = ("student", "teacher")
 INITS = ("calibrated", "original")
 # the block of the paper's released code, whose new parts start at random
 ORIGINAL = dict(window=0, ssm_rope=False, short_conv=4, gate="silu", norm="after_gate")
-# what all mixers of a model have in common, and the flags that set it
+# what all mixers of a model have in common, and the flag that sets it, if there is one
 MIXER_FLAGS = {
     "window": "--window", "state_heads": "--state-heads", "short_conv": "--short-conv", "gate": "--gate",
-    "ssm_rope": "--no-ssm-rope", "state_size": "--mixers-from", "norm": "--mixers-from",
+    "ssm_rope": "--no-ssm-rope", "state_size": None, "norm": None,
 }  # fmt: skip
 
 
@@ -175,7 +175,10 @@ def _hybrid_config(source: Source, given: Source | None, kept: list[int], job: C
         for name, flag in MIXER_FLAGS.items():
             value = getattr(origin.config, name)
             if fields.setdefault(name, value) != value:
-                flag = "--init original" if job.init == "original" else flag
+                if job.init == "original":
+                    flag = "--init original"
+                elif name not in job.mixer:
+                    flag = "--mixers-from"
                 raise UserError(
                     f"{name} of the mixers of {where} is {value}, not {fields[name]}; all mixers of a model are of "
                     f"one kind: leave out {flag}, or convert from the Transformer"

@@ -110,6 +110,7 @@ REFUSED = {
         ["{teacher}", "{out}", "--attention-layers", "1,3", "--mixers-from", "{half}", "--window", "64"],
         "leave out --window",
     ),
+    "mixers of two kinds": (["{half}", "{out}", "--keep", "0", "--mixers-from", "{wide}"], "leave out --mixers-from"),
     "mixers of a Transformer": (
         ["{teacher}", "{out}", "--mixers-from", "{teacher}"],
         "has no mixer in layers [0, 2]",
@@ -128,9 +129,12 @@ def test_refused(case, home, tmp_path, capsys):
     if "{other}" in args:
         save_transformer(tmp_path / "other", hidden_size=96)
         capsys.readouterr()
+    if "{wide}" in args:
+        assert main(["convert", str(home / "teacher"), str(tmp_path / "wide"), "--keep", "0"]) == 0
+        capsys.readouterr()
     before = sorted(tmp_path.iterdir())
     places = {"half": home / "half", "teacher": home / "teacher", "out": tmp_path / "out"}
-    places |= {"other": tmp_path / "other", "layers": tmp_path / "layers.json"}
+    places |= {"other": tmp_path / "other", "layers": tmp_path / "layers.json", "wide": tmp_path / "wide"}
     assert main(["convert", *(a.format(**places) for a in args)]) == 1
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
