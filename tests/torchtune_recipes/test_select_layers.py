@@ -168,8 +168,22 @@ def test_one_process_and_two_choose_alike_and_a_run_goes_on(selection, overrides
     assert parts["scores"] == one["scores"] and parts["evaluation"] == one["evaluation"]
 
 
-@pytest.mark.parametrize("method", ["greedy"])
-def test_trials_go_on_too(method, selection, tmp_path):
+def test_recomputed_activations_and_bf16(selection, tmp_path):
+    losses = {}
+    for kind, more in {
+        "plain": {},
+        "recomputed": {"enable_activation_checkpointing": True, "gradient_accumulation_steps": 2, "batch_size": 2},
+        "bf16": {"dtype": "bf16"},
+    }.items():
+        assert run(selection(output_dir=str(tmp_path / kind), max_steps=3, evaluation_steps=1, **more)) == 0
+        losses[kind] = [row[key] for row in metrics(tmp_path / kind) for key in ("kl", "recall_loss", "gate_layer_1")]
+    assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.1)
+    assert losses["bf16"] != losses["plain"]
+
+
+def test_trials_go_on_too(selection, tmp_path):
+    method = "greedy"
     assert run(selection(method=method, max_steps=4, output_dir=str(tmp_path / "whole"))) == 0
     recipe = ready(selection(method=method, max_steps=4))
     recipe._unread.append(recipe.train_step())
