@@ -15,7 +15,7 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
-    parser = _parser()
+    parser = command_parser()
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="mamba-hybrid", description="Transformers into attention-SSM hybrids.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
     _add_generate(commands.add_parser("generate", help="answers to a file of prompts, resumable"))
+    _add_run(commands.add_parser("run", help="a pipeline of commands and recipes, resumable"))
     _add_bench(commands.add_parser("bench", help="a model, its drafter and others under vLLM's load generator"))
     return parser
 
@@ -55,11 +57,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
-    p.add_argument("source", metavar="SRC", help="Hugging Face directory or .gguf file")
+    p.add_argument("source", metavar="SRC", help="Hugging Face directory or .gguf file; a hybrid keeps its mixers")
     p.add_argument("out", metavar="OUT", help="directory to write; appears only when it is whole")
     which = p.add_mutually_exclusive_group()
+    which.add_argument("--layers-from", metavar="FILE", help="layers.json of select_layers: those stay attention")
     which.add_argument("--attention-layers", type=_numbers, metavar="1,3,...", help="layers that stay attention")
     which.add_argument("--keep", type=float, default=0.5, help="share that stays attention, evenly spread (0.5)")
+    p.add_argument("--mixers-from", metavar="DIR", help="hybrid whose mixers the converted layers get, as they are")
     p.add_argument("--window", type=int, help="tokens of attention in a mixer (64; 0: pure SSM)")
     p.add_argument("--state-heads", type=int, metavar="N", help="states of a mixer (the query heads)")
     p.add_argument("--short-conv", type=int, choices=(0, 4), help="depthwise convolution in the mixers (0)")
@@ -81,7 +85,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .convert import Conversion, convert, format_report
+    from .convert import Conversion, convert, format_report, read_layers
 
     mixer = {
         "window": args.window,
@@ -91,13 +95,15 @@ def _convert(args: argparse.Namespace) -> int:
         "ssm_rope": args.ssm_rope,
         "max_position_embeddings": args.max_positions,
     }
+    layers = args.attention_layers if args.layers_from is None else read_layers(args.layers_from, args.source)
     report = convert(
         Conversion(
             source=args.source,
             out=args.out,
-            attention_layers=args.attention_layers,
+            attention_layers=layers,
             keep=args.keep,
             mixer={k: v for k, v in mixer.items() if v is not None},
+            mixers_from=args.mixers_from,
             init=args.init,
             calibrate=args.calibrate,
             column=args.column,
@@ -257,6 +263,23 @@ def _generate(args: argparse.Namespace) -> int:
     from vllm_plugin.generate import run
 
     return run(args)
+
+
+def _add_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("pipeline", metavar="FILE", help=".yaml with the steps; see docs/pipelines.md")
+    p.add_argument("changes", nargs="*", metavar="key=value", help="of the pipeline's variables")
+    p.add_argument("--from", dest="start", metavar="STEP", help="do this step and all after it anew")
+    p.add_argument("--dry-run", action="store_true", help="only print the commands")
+    p.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        from .pipeline import run
+    except ModuleNotFoundError as e:
+        raise UserError(f"pipelines need {e.name}: pip install 'mamba-hybrid[train]'") from e
+
+    return run(args.pipeline, args.changes, start=args.start, dry_run=args.dry_run)
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:

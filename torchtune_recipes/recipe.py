@@ -67,6 +67,7 @@ class HybridRecipe(FTRecipeInterface):
     doing = "training"
     takes: Any = (PackedRows, StreamedRows)  # what the data set may be, and what makes it
     makers: tuple[str, ...] = ("data.text_dataset", "data.chat_dataset", "data.mixed_dataset")
+    result = "hybrid"  # what `export` writes into output_dir
     required: tuple[str, ...] = REQUIRED
     optional: tuple[str, ...] = OPTIONAL
     fixed: tuple[str, ...] = FIXED
@@ -446,6 +447,8 @@ def run(kind: type[HybridRecipe], cfg: DictConfig) -> int:
         if recipe is not None:
             recipe.cleanup()
     if recipe.rank == 0:
-        where = f"{cfg.output_dir}/hybrid" if done else f"{cfg.output_dir}/step_{recipe.step}; run again to go on"
+        where = (
+            f"{cfg.output_dir}/{recipe.result}" if done else f"{cfg.output_dir}/step_{recipe.step}; run again to go on"
+        )
         print(f"{'finished' if done else 'stopped'} at step {recipe.step} of {recipe.steps}: {where}", flush=True)
     return 0 if done else 130

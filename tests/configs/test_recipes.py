@@ -1,4 +1,4 @@
-"""The shipped configurations of recipes: keys, components and their arguments, headers."""
+"""The shipped configurations of recipes: keys, components and their arguments, headers. And the pipelines of them."""
 
 import inspect
 import re
@@ -12,14 +12,23 @@ from omegaconf import OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.pipeline import load as load_pipeline
 from torchtune_recipes.align_hybrid import AlignHybrid
 from torchtune_recipes.distill_hybrid import DistillHybrid
 from torchtune_recipes.dpo_hybrid import DpoHybrid
 from torchtune_recipes.recipe import component
+from torchtune_recipes.select_layers import SelectLayers
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = {"align_hybrid": AlignHybrid, "distill_hybrid": DistillHybrid, "dpo_hybrid": DpoHybrid}
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+PIPELINES = [path for path in FILES if "steps" in OmegaConf.load(path)]
+CONFIGS = [path for path in FILES if path not in PIPELINES]
+RECIPES = {
+    "align_hybrid": AlignHybrid,
+    "distill_hybrid": DistillHybrid,
+    "dpo_hybrid": DpoHybrid,
+    "select_layers": SelectLayers,
+}
 
 
 def command(path) -> re.Match:
@@ -100,3 +109,32 @@ def test_torchtune_validates_them():
     tune = Path(sys.executable).parent / "tune"
     done = subprocess.run([tune, "validate", ROOT / "configs" / "8b.yaml"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "well-formed" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_pipeline(path, monkeypatch):
+    """Its commands parse and its configurations have what it overrides; each step reads what earlier ones wrote."""
+    header = path.read_text().split("\n\n")[0]
+    assert f"mamba-hybrid run configs/{path.name}\n" in header and "Hardware:" in header
+    monkeypatch.chdir(ROOT)
+    pipeline = load_pipeline(Path("configs") / path.name)
+    done: set[str] = set()
+    for step in pipeline.steps:
+        values = [word.partition("=")[2] or word for word in step.words]
+        places = [
+            Path(v).relative_to(pipeline.output_dir) for v in values if Path(v).is_relative_to(pipeline.output_dir)
+        ]
+        # a step writes to the place of its own name
+        own = {place.parts[0] for place in places} - done
+        assert {Path(name).stem for name in own} == {step.name}
+        done |= own
+        if step.words[0] == "tune":
+            at = step.words.index("--config")
+            cfg = OmegaConf.merge(OmegaConf.load(step.words[at + 1]), OmegaConf.from_dotlist(step.words[at + 2 :]))
+            cfg.device = "cpu"
+            RECIPES[step.words[at - 1]](cfg)
+    assert {"compare.json", "compare"} & done
+
+
+def test_there_are_pipelines():
+    assert {"smollm2_135m_pipeline", "8b_pipeline"} <= {path.stem for path in PIPELINES}

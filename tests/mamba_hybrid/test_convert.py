@@ -195,12 +195,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, source, tmp_path, text, 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_hybrid_is_not_converted_again(source, tmp_path, capsys):
-    assert main(["convert", str(source), str(tmp_path / "a")]) == 0
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "is a hybrid already" in capsys.readouterr().err
-
-
 def test_other_vocabulary(source, tmp_path, text, capsys):
     other = save_transformer(tmp_path / "other", vocab_size=300)
     assert main(["compare", str(source), str(other), "--text", str(text)]) == 1
