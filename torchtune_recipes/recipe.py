@@ -45,7 +45,7 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = (
     "gradient_accumulation_steps", "max_steps", "epochs", "lr_scheduler", "clip_grad_norm", "seed", "compile",
-    "checkpoint_every_n_steps", "keep_last_n", "resume", "log_every", "metric_loggers",
+    "checkpoint_every_n_steps", "async_checkpoints", "keep_last_n", "resume", "log_every", "metric_loggers",
 )  # fmt: skip
 # of the configuration, what a resumed run must have as the run before, beside its data
 FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
@@ -146,7 +146,9 @@ class HybridRecipe(FTRecipeInterface):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         mesh = init_device_mesh(self.device.type, (self.world,))
 
-        self.checkpoints = Checkpoints(cfg.output_dir, cfg.get("keep_last_n", 2))
+        self.checkpoints = Checkpoints(
+            cfg.output_dir, cfg.get("keep_last_n", 2), background=bool(cfg.get("async_checkpoints"))
+        )
         self._check_output()
         # as it is stored: fp32 masters are made of it layer by layer
         self.stored_dtype = load_config(cfg.student).dtype or torch.float32
@@ -357,6 +359,7 @@ class HybridRecipe(FTRecipeInterface):
             self.save_checkpoint()
         if self.step == self.steps:
             self.export()
+        self.checkpoints.wait()
 
     def _stop_together(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""
@@ -367,7 +370,9 @@ class HybridRecipe(FTRecipeInterface):
         return bool(flag)
 
     def cleanup(self, **_: Any) -> None:
-        """Close loggers and the process group, hand signals back."""
+        """Let a checkpoint come to its end, close loggers and the process group, hand signals back."""
+        if hasattr(self, "checkpoints"):
+            self.checkpoints.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         for logger in self.loggers:
