@@ -1,7 +1,10 @@
 """Checkpoints of a run: whole or not there, in the foreground and in the background."""
 
+import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from mamba_hybrid.errors import UserError
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
 
-from .conftest import metrics, start
+from .conftest import CONFIG, ROOT, metrics, start
 
 
 @pytest.fixture
@@ -139,3 +142,20 @@ def test_background_checkpoints_of_two_processes_that_are_told_to_stop(overrides
     finally:
         whole.cleanup()
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_at_random_moments_it_loses_nothing(overrides, tmp_path):
+    """KILLS=50 for more of them; see `kill_run`."""
+    kills = int(os.environ.get("KILLS", 4))
+    words = overrides(max_steps=30)
+    words.pop("output_dir"), words.pop("checkpoint_every_n_steps")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "tests.torchtune_recipes.kill_run", str(kills), "0", str(tmp_path), str(CONFIG),
+            *(f"{key}={value}" for key, value in words.items()),
+        ],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60 + 30 * kills,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert done.stdout.startswith(f"{kills} kills")
