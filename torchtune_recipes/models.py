@@ -34,6 +34,11 @@ class Wrapped(nn.Module):
     model: HybridMambaForCausalLM
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing adds."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 class Teacher(Wrapped):
     """A frozen model that gives its last hidden states, and its head, gathered, for the loss."""
 
@@ -126,14 +131,13 @@ def shard(
     checkpoint_activations: bool = False,
     mixers_alone: bool = False,
 ) -> None:
-    """FSDP2, layer by layer, each moved to the mesh's device as it is sharded; the mixers' cores are units of their
-    own that stay fp32.
+    """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
 
     Args:
-        module: on the CPU, in any dtype.
+        module: on the meta device, in any dtype; `loading.fill` gives it its numbers afterwards.
         mesh: one-dimensional.
         dtype: to compute in.
-        masters: keep fp32 parameters, made layer by layer, so that no process holds the whole model in fp32.
+        masters: keep fp32 parameters.
         compute_layers: torch.compile each layer.
         checkpoint_activations: keep only the layers' inputs for the backward pass.
         mixers_alone: mixers run without the layers around them.
@@ -143,9 +147,9 @@ def shard(
     layers = [m for m in module.modules() if isinstance(m, HybridLayer)]
     if checkpoint_activations:
         set_activation_checkpointing(module, auto_wrap_policy={HybridLayer})
+    if masters:
+        module.float()
     for layer in layers:
-        if masters:
-            layer.float()
         if compute_layers:
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
@@ -153,9 +157,6 @@ def shard(
         if mixers_alone and layer.is_mixer:
             fully_shard(layer.mixer, mesh=mesh, mp_policy=policy)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    if masters:
-        for outer in (module.model.model.embed_tokens, module.model.model.norm, module.model.lm_head):
-            outer.float()
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):

@@ -28,14 +28,15 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from mamba_hybrid.checkpoint import FP32, load_config, load_model, save_model
+from mamba_hybrid.checkpoint import FP32, load_config, open_model, save_model
 from mamba_hybrid.compare import check_vocabularies
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
-from .models import PARTS, Wrapped
+from .loading import fill
+from .models import PARTS, Wrapped, plain_name
 from .order import RowOrder
 from .packing import Batch
 
@@ -111,6 +112,8 @@ class HybridRecipe(FTRecipeInterface):
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         """Wrap and shard both: self.student with fp32 masters of what is to be trained, and self.teacher.
 
+        They are on the meta device, and get their numbers when they are sharded.
+
         Raises:
             UserError: two models that do not fit together for this stage.
         """
@@ -150,10 +153,9 @@ class HybridRecipe(FTRecipeInterface):
             cfg.output_dir, cfg.get("keep_last_n", 2), background=bool(cfg.get("async_checkpoints"))
         )
         self._check_output()
-        # as it is stored: fp32 masters are made of it layer by layer
         self.stored_dtype = load_config(cfg.student).dtype or torch.float32
-        student = load_model(cfg.student, self.stored_dtype)
-        teacher = load_model(cfg.teacher, self.dtype)
+        student, student_weights = open_model(cfg.student, self.stored_dtype)
+        teacher, teacher_weights = open_model(cfg.teacher, self.dtype)
         check_vocabularies(Path(cfg.teacher), teacher, Path(cfg.student), student)
         tokenizer = load_tokenizer(cfg.student)
         length = cfg.dataset.get("max_seq_len")
@@ -177,6 +179,8 @@ class HybridRecipe(FTRecipeInterface):
                 if any(key in name for key in PARTS[part]):
                     p.requires_grad_(False)
         self.build(student, teacher, mesh)
+        fill(self.student, student_weights, self.device)
+        fill(self.teacher, teacher_weights, self.device)
         self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
         self.load_checkpoint()
         self.scheduler = self._scheduler()
@@ -268,8 +272,7 @@ class HybridRecipe(FTRecipeInterface):
         """The student's tensors, one gathered at a time, as they are stored."""
         for name, p in self.student.model.named_parameters():
             whole = p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
-            # the name without what activation checkpointing adds
-            name = name.replace("_checkpoint_wrapped_module.", "")
+            name = plain_name(name)
             yield name, whole if FP32 in name else whole.to(self.stored_dtype)
 
     def train_step(self) -> tuple[Tensor, dict[str, float]]:

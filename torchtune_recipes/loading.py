@@ -1,0 +1,41 @@
+"""Weights into a sharded model: each process reads its own rows of each tensor, and no others."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from mamba_hybrid.checkpoint import make_buffers
+from mamba_hybrid.source import Source
+
+from .models import Wrapped, plain_name
+
+
+def fill(module: Wrapped, source: Source, device: torch.device) -> None:
+    """Give a model that was sharded on the meta device its numbers.
+
+    No more host memory is needed than the process's shards (on a GPU, one tensor's shard), whatever the model's size.
+
+    Args:
+        module: sharded along the parameters' first dimension, as `shard` does.
+        source: the checkpoint that it was opened with.
+        device: of the parameters and buffers.
+
+    Raises:
+        UserError: a tensor cannot be read.
+    """
+    module.to_empty(device=device)  # which keeps tied parameters tied
+    make_buffers(module.model)
+    module.model.model.rotary_emb.to(device)
+    for name, p in module.model.named_parameters():
+        assert isinstance(p, DTensor)
+        mine = p.to_local().detach()
+        if len(mine):
+            start = _first_row(p)
+            mine.copy_(source.tensor(plain_name(name), slice(start, start + len(mine))))
+
+
+def _first_row(p: DTensor) -> int:
+    """Of the rows that this process holds: each holds as many as the first, the last ones fewer or none."""
+    dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard(0))
+    return -(-len(p) // p.device_mesh.size(dim)) * p.device_mesh.get_local_rank(dim)
