@@ -27,7 +27,7 @@ class DistillHybrid(HybridRecipe):
 
     doing = "distilling"
     required = (*REQUIRED, "rest_lr")
-    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing")
+    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing", "activation_checkpoint_every")
     fixed = (*FIXED, "rest_lr", "freeze", "loss")
     measured = ("loss", "kl", "ce", "agreement")
 
@@ -39,6 +39,8 @@ class DistillHybrid(HybridRecipe):
         if odd:
             raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self._check_loss(loss)
+        if not isinstance(self._every(), int) or self._every() < 1:
+            raise UserError(f"activation_checkpoint_every {self._every()!r} must be a whole number above 0, 1 for all")
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
 
     @staticmethod
@@ -50,6 +52,10 @@ class DistillHybrid(HybridRecipe):
             if loss.get(key, 1) <= 0:
                 raise UserError(f"loss.{key} {loss[key]} must be above 0")
 
+    def _every(self) -> Any:
+        """Of how many layers one is computed again in the backward pass, where that is enabled."""
+        return self.cfg.get("activation_checkpoint_every", 1)
+
     def frozen(self) -> list[str]:
         return list(self.cfg.get("freeze") or [])
 
@@ -60,9 +66,9 @@ class DistillHybrid(HybridRecipe):
             self.student, mesh, self.dtype,
             masters=True,
             compute_layers=compute,
-            checkpoint_activations=bool(self.cfg.get("enable_activation_checkpointing")),
+            checkpoint_activations=self._every() if self.cfg.get("enable_activation_checkpointing") else 0,
         )  # fmt: skip
-        shard(self.teacher, mesh, self.dtype, compute_layers=compute)
+        shard(self.teacher, mesh, self.dtype, compute_layers=compute, offload=self.offload)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
         with torch.no_grad():

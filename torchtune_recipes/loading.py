@@ -11,7 +11,7 @@ from mamba_hybrid.source import Source
 from .models import Wrapped, plain_name
 
 
-def fill(module: Wrapped, source: Source, device: torch.device) -> None:
+def fill(module: Wrapped, source: Source, device: torch.device, *, offload: bool = False) -> None:
     """Give a model that was sharded on the meta device its numbers.
 
     No more host memory is needed than the process's shards (on a GPU, one tensor's shard), whatever the model's size.
@@ -19,12 +19,13 @@ def fill(module: Wrapped, source: Source, device: torch.device) -> None:
     Args:
         module: sharded along the parameters' first dimension, as `shard` does.
         source: the checkpoint that it was opened with.
-        device: of the parameters and buffers.
+        device: to compute on.
+        offload: the parameters are to be in host memory, as in `shard`.
 
     Raises:
         UserError: a tensor cannot be read.
     """
-    module.to_empty(device=device)  # which keeps tied parameters tied
+    module.to_empty(device="cpu" if offload else device)  # which keeps tied parameters tied
     make_buffers(module.model)
     module.model.model.rotary_emb.to(device)
     for name, p in module.model.named_parameters():

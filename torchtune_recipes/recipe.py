@@ -47,6 +47,7 @@ REQUIRED = (
 OPTIONAL = (
     "gradient_accumulation_steps", "max_steps", "epochs", "lr_scheduler", "clip_grad_norm", "seed", "compile",
     "checkpoint_every_n_steps", "async_checkpoints", "keep_last_n", "resume", "log_every", "metric_loggers",
+    "data_parallel_shard", "offload_teacher",
 )  # fmt: skip
 # of the configuration, what a resumed run must have as the run before, beside its data
 FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
@@ -80,7 +81,14 @@ class HybridRecipe(FTRecipeInterface):
         check_keys(cfg, self.required + self.optional)
         if cfg.dtype not in DTYPES:
             raise UserError(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}")
-        for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "log_every"):
+        for key in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "epochs",
+            "log_every",
+            "data_parallel_shard",
+        ):
             value = cfg.get(key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{key} {value!r} must be a whole number above 0")
@@ -97,6 +105,13 @@ class HybridRecipe(FTRecipeInterface):
         self.accumulate = cfg.get("gradient_accumulation_steps") or 1
         self.dtype = DTYPES[cfg.dtype]
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = cfg.get("data_parallel_shard") or self.world
+        if self.world % self.sharded:
+            raise UserError(
+                f"data_parallel_shard {self.sharded} does not divide the {self.world} processes (nproc_per_node x "
+                "nnodes)"
+            )
+        self.offload = bool(cfg.get("offload_teacher"))
         if cfg.device not in ("cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
             raise UserError(f"device {cfg.device!r} is not here; set device=cpu")
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -147,7 +162,11 @@ class HybridRecipe(FTRecipeInterface):
             dist.init_process_group(backend)
         else:  # alone: a group in memory, so that there is one code path
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        if self.sharded == self.world:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+        else:
+            shape = (self.world // self.sharded, self.sharded)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
         self.checkpoints = Checkpoints(
             cfg.output_dir, cfg.get("keep_last_n", 2), background=bool(cfg.get("async_checkpoints"))
@@ -180,7 +199,7 @@ class HybridRecipe(FTRecipeInterface):
                     p.requires_grad_(False)
         self.build(student, teacher, mesh)
         fill(self.student, student_weights, self.device)
-        fill(self.teacher, teacher_weights, self.device)
+        fill(self.teacher, teacher_weights, self.device, offload=self.offload)
         self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
         self.load_checkpoint()
         self.scheduler = self._scheduler()
@@ -210,7 +229,11 @@ class HybridRecipe(FTRecipeInterface):
         if not self.cfg.get("lr_scheduler"):
             return None
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
+            rate = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
+            if isinstance(group["lr"], Tensor):  # as torchao's optimisers have it, for torch.compile
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return component(
             "lr_scheduler", self.cfg.lr_scheduler, self.optimizer,
             num_training_steps=self.steps + 1, last_epoch=self.step,

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def start(out: Path, words: list[str], background: bool) -> int:
         code = 0
     except SystemExit as e:
         code = int(e.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
