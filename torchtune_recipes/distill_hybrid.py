@@ -14,7 +14,7 @@ from torchtune import config
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.model import HybridMambaForCausalLM
 
-from .models import PARTS, Student, Teacher, shard
+from .models import PARTS, Student, Teacher, compute_in_fp8, shard
 from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
@@ -27,8 +27,8 @@ class DistillHybrid(HybridRecipe):
 
     doing = "distilling"
     required = (*REQUIRED, "rest_lr")
-    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing", "activation_checkpoint_every")
-    fixed = (*FIXED, "rest_lr", "freeze", "loss")
+    optional = (*OPTIONAL, "freeze", "loss", "fp8", "enable_activation_checkpointing", "activation_checkpoint_every")
+    fixed = (*FIXED, "rest_lr", "freeze", "loss", "fp8")
     measured = ("loss", "kl", "ce", "agreement")
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -39,6 +39,8 @@ class DistillHybrid(HybridRecipe):
         if odd:
             raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self._check_loss(loss)
+        if cfg.get("fp8"):
+            self._check_fp8()
         if not isinstance(self._every(), int) or self._every() < 1:
             raise UserError(f"activation_checkpoint_every {self._every()!r} must be a whole number above 0, 1 for all")
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
@@ -52,6 +54,14 @@ class DistillHybrid(HybridRecipe):
             if loss.get(key, 1) <= 0:
                 raise UserError(f"loss.{key} {loss[key]} must be above 0")
 
+    def _check_fp8(self) -> None:
+        found = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+        if found is None or found < (8, 9):
+            here = self.cfg.device if found is None else f"compute capability {found[0]}.{found[1]}"
+            raise UserError(f"fp8 needs a GPU of compute capability 8.9 or more, this is {here}; set fp8=False")
+        if self.dtype != torch.bfloat16:
+            raise UserError(f"fp8 goes with dtype=bf16, not {self.cfg.dtype}")
+
     def _every(self) -> Any:
         """Of how many layers one is computed again in the backward pass, where that is enabled."""
         return self.cfg.get("activation_checkpoint_every", 1)
@@ -61,6 +71,8 @@ class DistillHybrid(HybridRecipe):
 
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         compute = bool(self.cfg.get("compile"))
+        if self.cfg.get("fp8"):
+            compute_in_fp8(student)
         self.student, self.teacher = Student(student), Teacher(teacher)
         shard(
             self.student, mesh, self.dtype,

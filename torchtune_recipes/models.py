@@ -123,6 +123,23 @@ class Aligner(Wrapped):
         return torch.stack([sums[i] for i in layers])
 
 
+def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
+    """Let the layers' projections multiply in fp8 (torchao, scaled by tensor as they come), with parameters as before.
+
+    Left alone are step sizes and the mixers' cores, which set the decay, embeddings and head, and what has a side that
+    is no multiple of 16, which the hardware cannot do.
+    """
+    from torchao.float8 import convert_to_float8_training
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        assert isinstance(module, nn.Linear)
+        sides = (module.in_features, module.out_features)
+        return name.split(".")[-1] != "dt_proj" and all(side % 16 == 0 for side in sides)
+
+    for layer in model.model.layers:
+        convert_to_float8_training(layer, module_filter_fn=chosen)
+
+
 def shard(
     module: Wrapped,
     mesh: DeviceMesh,

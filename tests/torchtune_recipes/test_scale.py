@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
+from mamba_hybrid.checkpoint import open_model
 from mamba_hybrid.model import HybridLayer
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
+from torchtune_recipes.models import compute_in_fp8
 
 from .conftest import CONFIG, ROOT, metrics
 
@@ -59,11 +62,32 @@ def test_every_second_layer_computed_again(config, tmp_path):
     assert torch.equal(losses[1], losses[None]) and torch.equal(losses[2], losses[None])
 
 
+def test_projections_are_what_computes_in_fp8(models):
+    model, _ = open_model(models / "hybrid", torch.bfloat16)
+    before = set(model.state_dict())
+    compute_in_fp8(model)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    mixer, other = (
+        next(i for i, layer in enumerate(model.model.layers) if layer.is_mixer == mixer) for mixer in (True, False)
+    )
+    mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    for layer, names in {
+        mixer: {f"mixer.{name}_proj" for name in "qkvzo"} | mlp,
+        other: {f"self_attn.{name}_proj" for name in "qkvo"} | mlp,
+    }.items():
+        start = f"model.layers.{layer}."
+        converted = {n.removeprefix(start) for n, kind in kinds.items() if n.startswith(start) and "Float8" in kind}
+        assert converted == names
+    assert kinds[f"model.layers.{mixer}.mixer.dt_proj"] == "StepLinear" and kinds["lm_head"] == "Linear"
+    assert set(model.state_dict()) == before
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"data_parallel_shard": 3}, "data_parallel_shard 3 does not divide the 4 processes"),
         ({"data_parallel_shard": 0}, "data_parallel_shard 0 must be a whole number above 0"),
+        ({"fp8": True}, "fp8 needs a GPU of compute capability 8.9 or more, this is cpu"),
         ({"activation_checkpoint_every": 0}, "activation_checkpoint_every 0 must be"),
     ],
 )
