@@ -112,6 +112,9 @@ class HybridRecipe(FTRecipeInterface):
                 "nnodes)"
             )
         self.offload = bool(cfg.get("offload_teacher"))
+        self.blockwise = str(OmegaConf.select(cfg, "optimizer._component_")).startswith("torchao.")
+        if self.blockwise:
+            self._check_torchao()
         if cfg.device not in ("cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
             raise UserError(f"device {cfg.device!r} is not here; set device=cpu")
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -123,6 +126,13 @@ class HybridRecipe(FTRecipeInterface):
         self._read_at = 0.0
         self._bar = tqdm(disable=True)
         self._unread: list[tuple[Tensor, dict[str, float]]] = []  # of steps whose metrics are still on the device
+
+    def _check_torchao(self) -> None:
+        if self.cfg.device == "cpu":
+            raise UserError(
+                f"optimizer {self.cfg.optimizer._component_} compiles its step, which does not build for device cpu; "
+                "take torch.optim.AdamW there"
+            )
 
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         """Wrap and shard both: self.student with fp32 masters of what is to be trained, and self.teacher.
@@ -266,6 +276,8 @@ class HybridRecipe(FTRecipeInterface):
             "rows a step (batch_size x gradient_accumulation_steps x processes)": self.rows_per_step,
             "data": self.data.digest(),
             "steps": self.steps,
+            # torchao's states are in blocks of what one process holds, and cannot be cut anew
+            "processes": self.world if self.blockwise else None,
         } | {key: cfg.get(key) for key in self.fixed}
 
     def load_checkpoint(self, **_: Any) -> None:

@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from mamba_hybrid.checkpoint import open_model
 from mamba_hybrid.model import HybridLayer
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
 from torchtune_recipes.models import compute_in_fp8
 
-from .conftest import CONFIG, ROOT, metrics
+from .conftest import CONFIG, ROOT, branch, metrics
 
 NUMBERS = ("loss", "kl", "agreement", "grad_norm")
 
@@ -82,12 +83,43 @@ def test_projections_are_what_computes_in_fp8(models):
     assert set(model.state_dict()) == before
 
 
+def test_eight_bit_optimizer_states_are_saved_and_resumed(config, capsys, monkeypatch, tmp_path):
+    """Without torch.compile, which does not build torchao's step for a CPU: the numbers are the same."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(DistillHybrid, "_check_torchao", lambda self: None)
+
+    def eight(**more):
+        cfg = config(max_steps=4, checkpoint_every_n_steps=2, keep_last_n=0, **more)
+        cfg.optimizer = {"_component_": "torchao.optim.AdamW8bit", "weight_decay": 0.01}
+        return cfg
+
+    whole = tmp_path / "whole"
+    assert run(eight(output_dir=str(whole))) == 0
+    assert run(eight(output_dir=branch(whole, 2, tmp_path / "parts"))) == 0
+    rows = metrics(whole)
+    assert [r["loss"] for r in metrics(tmp_path / "parts")] == [r["loss"] for r in rows] and len(rows) == 4
+    recipe = DistillHybrid(eight(output_dir=str(whole)))
+    recipe.setup()
+    states = [s["exp_avg"].to_local() for s in recipe.optimizer.state.values()]
+    recipe.cleanup()
+    assert any(isinstance(state, OptimState8bit) for state in states)
+    # of another number of processes
+    file = whole / "step_4" / "recipe_state.json"
+    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+    assert run(eight(output_dir=str(whole))) == 1
+    assert "was written with processes 2, this run has 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"data_parallel_shard": 3}, "data_parallel_shard 3 does not divide the 4 processes"),
         ({"data_parallel_shard": 0}, "data_parallel_shard 0 must be a whole number above 0"),
         ({"fp8": True}, "fp8 needs a GPU of compute capability 8.9 or more, this is cpu"),
+        (
+            {"optimizer._component_": "torchao.optim.AdamW8bit"},
+            "compiles its step, which does not build for device cpu",
+        ),
         ({"activation_checkpoint_every": 0}, "activation_checkpoint_every 0 must be"),
     ],
 )
