@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import HybridMambaConfig
 from .errors import UserError
 from .model import HybridMambaForCausalLM
-from .source import COMPANIONS, hybrid_config, open_source
+from .source import COMPANIONS, Source, hybrid_config, open_source
 
 FP32 = ".core."  # parameters that keep fp32 whatever the rest is stored in
 CARD = "README.md"
@@ -32,15 +32,15 @@ def load_config(path: str | Path) -> HybridMambaConfig:
     return hybrid_config(open_source(path).config)
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> HybridMambaForCausalLM:
-    """Load a hybrid, or a plain Llama, Mistral or Qwen2 (directory or GGUF) as a hybrid with no mixer.
+def open_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[HybridMambaForCausalLM, Source]:
+    """A model without its numbers, and the checkpoint that has them.
 
     Args:
-        path: the checkpoint.
+        path: of a hybrid, or of a plain Llama, Mistral or Qwen2 (directory or GGUF), which is a hybrid with no mixer.
         dtype: of the parameters, but for the mixers' cores, which are fp32.
 
     Returns:
-        The model, in eval mode, on the CPU.
+        The model, in eval mode, on the meta device; and a source that has every parameter of it in its shape.
 
     Raises:
         UserError: the checkpoint cannot be read, or lacks tensors, has strange ones or ones of another shape.
@@ -49,25 +49,37 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> HybridMa
     config = hybrid_config(source.config)
     with torch.device("meta"):
         model = HybridMambaForCausalLM(config)
-    wanted = {n: t for n, t in model.state_dict().items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
-    names = set(source.names) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    missing, strange = sorted(wanted.keys() - names), sorted(names - wanted.keys())
+    for name, p in model.named_parameters():
+        p.data = p.data.to(torch.float32 if FP32 in name else dtype)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is not among them
+    found = source.shapes
+    if config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    missing, strange = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or strange:
         raise UserError(
             f"{path} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(strange)} unknown {strange[:2]}"
         )
-    state: dict[str, Tensor] = {}
-    for name, like in wanted.items():
-        t = source.tensor(name)
-        if t.shape != like.shape:
-            raise UserError(f"{path}: {name} is {tuple(t.shape)}, its config.json says {tuple(like.shape)}")
-        state[name] = t.to(torch.float32 if FP32 in name else dtype)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise UserError(f"{path}: {name} is {found[name]}, its config.json says {shape}")
+    return model.eval(), source
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> HybridMambaForCausalLM:
+    """Load a model on the CPU; arguments and errors are those of `open_model`."""
+    model, source = open_model(path, dtype)
+    state = {name: source.tensor(name).to(p.dtype) for name, p in model.named_parameters()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    # buffers (rotary frequencies) are no part of a checkpoint
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    make_buffers(model)
     return model.eval()
+
+
+def make_buffers(model: HybridMambaForCausalLM) -> None:
+    """Rotary frequencies, on the CPU: they follow from the configuration and are no part of a checkpoint."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 @contextlib.contextmanager

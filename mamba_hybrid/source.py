@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -47,6 +48,21 @@ GGUF_NAMES = (  # llama.cpp's tensor names, as regular expressions, and transfor
 )
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Args:
+        shape: its shape, known without reading it.
+        load: reads all of it.
+        load_rows: reads a slice of its first dimension.
+    """
+
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+    load_rows: Callable[[slice], Tensor]
+
+
 class Source:
     """A pretrained checkpoint, read tensor by tensor.
 
@@ -55,7 +71,7 @@ class Source:
     Args:
         path: the directory or file.
         config: as transformers reads it.
-        readers: tensor name -> function that loads it.
+        stored: tensors by name.
         save_companions: writes tokenizer and generation config into a directory.
     """
 
@@ -63,27 +79,37 @@ class Source:
         self,
         path: Path,
         config: PretrainedConfig,
-        readers: dict[str, Callable[[], Tensor]],
+        stored: dict[str, StoredTensor],
         save_companions: Callable[[Path], None],
     ) -> None:
         self.path, self.config, self.save_companions = path, config, save_companions
-        self._readers = readers
+        self._stored = stored
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._readers)
+        return list(self._stored)
 
-    def tensor(self, name: str) -> Tensor:
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by name."""
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Load one tensor, as stored (GGUF: dequantised to fp32).
+
+        Args:
+            name: of the tensor.
+            rows: of its first dimension, all when None. Of a safetensors file no others are read.
 
         Raises:
             UserError: no such tensor, or it cannot be read.
         """
-        if name not in self._readers:
+        if name not in self._stored:
             raise UserError(f"{self.path} has no tensor {name!r}; is it a whole Llama-family checkpoint?")
+        stored = self._stored[name]
         try:
-            return self._readers[name]()
+            return stored.load() if rows is None else stored.load_rows(rows)
         except (SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({e}); download the checkpoint again") from e
 
@@ -127,7 +153,7 @@ def _open_directory(path: Path) -> Source:
     else:
         raise UserError(f"{path} has no model.safetensors; save it with save_pretrained(..., safe_serialization=True)")
 
-    readers: dict[str, Callable[[], Tensor]] = {}
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
             handle = safe_open(path / file, framework="pt")
@@ -136,14 +162,16 @@ def _open_directory(path: Path) -> Source:
                 f"{path / file} is missing, truncated or damaged ({_first_line(e)}); download it again"
             ) from e
         for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-            readers[name] = functools.partial(handle.get_tensor, name)
+            part = handle.get_slice(name)
+            load = functools.partial(handle.get_tensor, name)
+            stored[name] = StoredTensor(tuple(part.get_shape()), load, part.__getitem__)
 
     def companions(out: Path) -> None:
         for name in COMPANIONS:
             if (path / name).is_file():
                 (out / name).write_bytes((path / name).read_bytes())
 
-    return Source(path, config, readers, companions)
+    return Source(path, config, stored, companions)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -169,12 +197,14 @@ def _open_gguf(path: Path) -> Source:
         del config.quantization_config
     config.dtype = torch.float32
 
-    readers: dict[str, Callable[[], Tensor]] = {}
+    stored: dict[str, StoredTensor] = {}
     for tensor in reader.tensors:
         name = _hf_name(tensor.name)
         if name is not None:
-            readers[name] = functools.partial(_from_gguf, tensor, name, architecture, config)
-    config.tie_word_embeddings = "lm_head.weight" not in readers
+            load = functools.partial(_from_gguf, tensor, name, architecture, config)
+            shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts from the innermost
+            stored[name] = StoredTensor(shape, load, functools.partial(_rows, load))
+    config.tie_word_embeddings = "lm_head.weight" not in stored
 
     def companions(out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -185,7 +215,11 @@ def _open_gguf(path: Path) -> Source:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         ).save_pretrained(out)
 
-    return Source(path, config, readers, companions)
+    return Source(path, config, stored, companions)
+
+
+def _rows(load: Callable[[], Tensor], rows: slice) -> Tensor:
+    return load()[rows]
 
 
 def _hf_name(name: str) -> str | None:

@@ -44,7 +44,7 @@ class AlignHybrid(HybridRecipe):
         self.student, self.teacher = Aligner(student), Teacher(teacher)
         compute = bool(self.cfg.get("compile"))
         shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
-        shard(self.teacher, mesh, self.dtype)
+        shard(self.teacher, mesh, self.dtype, offload=self.offload)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
         assert isinstance(self.student, Aligner) and isinstance(self.teacher, Teacher)

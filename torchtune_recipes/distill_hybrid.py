@@ -16,7 +16,7 @@ from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import check_divergence
 from mamba_hybrid.model import HybridMambaForCausalLM
 
-from .models import PARTS, Student, Teacher, shard
+from .models import PARTS, Student, Teacher, compute_in_fp8, shard
 from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
@@ -29,8 +29,11 @@ class DistillHybrid(HybridRecipe):
 
     doing = "distilling"
     required = (*REQUIRED, "rest_lr")
-    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing", "sequence_chunk")
-    fixed = (*FIXED, "rest_lr", "freeze", "loss", "sequence_chunk")
+    optional = (
+        *OPTIONAL, "freeze", "loss", "fp8", "enable_activation_checkpointing", "activation_checkpoint_every",
+        "sequence_chunk",
+    )  # fmt: skip
+    fixed = (*FIXED, "rest_lr", "freeze", "loss", "fp8", "sequence_chunk")
     measured = ("loss", "kl", "ce", "agreement")
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -44,6 +47,10 @@ class DistillHybrid(HybridRecipe):
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise UserError(f"sequence_chunk {self.chunk!r} must be a whole number above 0, or null for whole rows")
         self._check_loss(loss)
+        if cfg.get("fp8"):
+            self._check_fp8()
+        if not isinstance(self._every(), int) or self._every() < 1:
+            raise UserError(f"activation_checkpoint_every {self._every()!r} must be a whole number above 0, 1 for all")
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
 
     @staticmethod
@@ -63,6 +70,18 @@ class DistillHybrid(HybridRecipe):
         except ValueError as e:
             raise UserError(f"loss.{e}") from e
 
+    def _check_fp8(self) -> None:
+        found = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+        if found is None or found < (8, 9):
+            here = self.cfg.device if found is None else f"compute capability {found[0]}.{found[1]}"
+            raise UserError(f"fp8 needs a GPU of compute capability 8.9 or more, this is {here}; set fp8=False")
+        if self.dtype != torch.bfloat16:
+            raise UserError(f"fp8 goes with dtype=bf16, not {self.cfg.dtype}")
+
+    def _every(self) -> Any:
+        """Of how many layers one is computed again in the backward pass, where that is enabled."""
+        return self.cfg.get("activation_checkpoint_every", 1)
+
     def frozen(self) -> list[str]:
         return list(self.cfg.get("freeze") or [])
 
@@ -73,14 +92,16 @@ class DistillHybrid(HybridRecipe):
                 f"sequence_chunk {self.chunk} must be at least {reach}: a mixer looks back on so many tokens"
             )
         compute = bool(self.cfg.get("compile"))
+        if self.cfg.get("fp8"):
+            compute_in_fp8(student)
         self.student, self.teacher = Student(student), Teacher(teacher)
         shard(
             self.student, mesh, self.dtype,
             masters=True,
             compute_layers=compute,
-            checkpoint_activations=bool(self.cfg.get("enable_activation_checkpointing")),
+            checkpoint_activations=self._every() if self.cfg.get("enable_activation_checkpointing") else 0,
         )  # fmt: skip
-        shard(self.teacher, mesh, self.dtype, compute_layers=compute)
+        shard(self.teacher, mesh, self.dtype, compute_layers=compute, offload=self.offload)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
         whole = self.chunk is None or self.chunk >= batch.tokens.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamba_hybrid.loss import Distillation, distillation_loss
 from mamba_hybrid.mixer import HybridMixer
 from mamba_hybrid.model import Attention, Batch, HybridLayer, HybridMambaForCausalLM
+from mamba_hybrid.source import Source
 
 from .models import Wrapped
 
@@ -72,6 +73,12 @@ class Gates(nn.Module):
         self.trials: Tensor
         self.register_buffer("trials", torch.zeros(rounds, layers + 2, dtype=torch.float64))
 
+    def reset(self) -> None:
+        """The start: all gates alike, nothing tried."""
+        with torch.no_grad():
+            self.logit_I.zero_()
+            self.trials.zero_()
+
     def forward(self, temperature: float) -> Tensor:
         return soft_top_k(self.logit_I, self.budget, temperature)
 
@@ -91,10 +98,23 @@ class Blend(nn.Module):
         gate = self.gate
         if gate is True:
             return self.attention(u_BLD, batch)
-        mixed_BLD = self.mixer(u_BLD, batch.cos, batch.sin, batch.doc_BL)
+        mixed_BLD = self.mixer(u_BLD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
         if gate is False:
             return mixed_BLD
         return gate * self.attention(u_BLD, batch) + (1 - gate) * mixed_BLD
+
+
+class Beside:
+    """Where `Gated` finds its tensors: the attention in the teacher's checkpoint, all else in the student's."""
+
+    def __init__(self, student: Source, teacher: Source) -> None:
+        self.student, self.teacher = student, teacher
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """As `Source.tensor`, by the name that it has in `Gated`."""
+        if ".self_attn.attention." in name:
+            return self.teacher.tensor(name.replace(".self_attn.attention.", ".self_attn."), rows)
+        return self.student.tensor(name.replace(".self_attn.mixer.", ".mixer."), rows)
 
 
 class Gated(Wrapped):

@@ -5,12 +5,14 @@ Shapes: B rows, L tokens, M = B L, D model width, V vocabulary, I aligned layers
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torchtune.training import set_activation_checkpointing
 
 from mamba_hybrid import HybridMambaForCausalLM
@@ -33,6 +35,11 @@ class Wrapped(nn.Module):
     """A model with a forward of another kind."""
 
     model: HybridMambaForCausalLM
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing adds."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 class Teacher(Wrapped):
@@ -123,6 +130,23 @@ class Aligner(Wrapped):
         return torch.stack([sums[i] for i in layers])
 
 
+def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
+    """Let the layers' projections multiply in fp8 (torchao, scaled by tensor as they come), with parameters as before.
+
+    Left alone are step sizes and the mixers' cores, which set the decay, embeddings and head, and what has a side that
+    is no multiple of 16, which the hardware cannot do.
+    """
+    from torchao.float8 import convert_to_float8_training
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        assert isinstance(module, nn.Linear)
+        sides = (module.in_features, module.out_features)
+        return name.split(".")[-1] != "dt_proj" and all(side % 16 == 0 for side in sides)
+
+    for layer in model.model.layers:
+        convert_to_float8_training(layer, module_filter_fn=chosen)
+
+
 def shard(
     module: Wrapped,
     mesh: DeviceMesh,
@@ -130,40 +154,41 @@ def shard(
     *,
     masters: bool = False,
     compute_layers: bool = False,
-    checkpoint_activations: bool = False,
+    checkpoint_activations: int = 0,
     mixers_alone: bool = False,
+    offload: bool = False,
 ) -> None:
-    """FSDP2, layer by layer, each moved to the mesh's device as it is sharded; the mixers' cores are units of their
-    own that stay fp32.
+    """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
 
     Args:
-        module: on the CPU, in any dtype.
-        mesh: one-dimensional.
+        module: on the meta device, in any dtype; `loading.fill` gives it its numbers afterwards.
+        mesh: of the processes to shard over; of two dimensions (replicas, processes to shard over) for HSDP.
         dtype: to compute in.
-        masters: keep fp32 parameters, made layer by layer, so that no process holds the whole model in fp32.
+        masters: keep fp32 parameters.
         compute_layers: torch.compile each layer.
-        checkpoint_activations: keep only the layers' inputs for the backward pass.
+        checkpoint_activations: of every so many layers keep only the input for the backward pass, 0 for none.
         mixers_alone: mixers run without the layers around them.
+        offload: keep the parameters in host memory, and bring each layer's to the device when it runs.
     """
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = [m for m in module.modules() if isinstance(m, HybridLayer)]
     if checkpoint_activations:
-        set_activation_checkpointing(module, auto_wrap_policy={HybridLayer})
+        chosen = {layer for layer in layers if layer.layer % checkpoint_activations == 0}
+        policy_of = functools.partial(lambda_auto_wrap_policy, lambda_fn=chosen.__contains__)
+        set_activation_checkpointing(module, auto_wrap_policy=policy_of)
+    if masters:
+        module.float()
     for layer in layers:
-        if masters:
-            layer.float()
         if compute_layers:
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
-            fully_shard(core, mesh=mesh, mp_policy=exact)
+            fully_shard(core, mesh=mesh, mp_policy=exact, offload_policy=place)
         if mixers_alone and layer.is_mixer:
-            fully_shard(layer.mixer, mesh=mesh, mp_policy=policy)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    if masters:
-        for outer in (module.model.model.embed_tokens, module.model.model.norm, module.model.lm_head):
-            outer.float()
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(layer.mixer, mesh=mesh, mp_policy=policy, offload_policy=place)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way

@@ -28,14 +28,16 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from mamba_hybrid.checkpoint import FP32, load_config, load_model, save_model
+from mamba_hybrid.checkpoint import FP32, load_config, open_model, save_model
 from mamba_hybrid.compare import check_vocabularies
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.model import HybridMambaForCausalLM
+from mamba_hybrid.source import Source
 
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
-from .models import PARTS, Wrapped
+from .loading import fill
+from .models import PARTS, Wrapped, plain_name
 from .packing import PackedRows
 from .stream import StreamedRows, StreamError
 
@@ -45,7 +47,8 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = (
     "gradient_accumulation_steps", "max_steps", "epochs", "lr_scheduler", "clip_grad_norm", "seed", "compile",
-    "checkpoint_every_n_steps", "keep_last_n", "resume", "log_every", "metric_loggers",
+    "checkpoint_every_n_steps", "async_checkpoints", "keep_last_n", "resume", "log_every", "metric_loggers",
+    "data_parallel_shard", "offload_teacher",
 )  # fmt: skip
 # of the configuration, what a resumed run must have as the run before, beside its data
 FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
@@ -84,7 +87,14 @@ class HybridRecipe(FTRecipeInterface):
         check_keys(cfg, self.required + self.optional)
         if cfg.dtype not in DTYPES:
             raise UserError(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}")
-        for key in ("batch_size", "gradient_accumulation_steps", "max_steps", "epochs", "log_every"):
+        for key in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "epochs",
+            "log_every",
+            "data_parallel_shard",
+        ):
             value = cfg.get(key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UserError(f"{key} {value!r} must be a whole number above 0")
@@ -102,6 +112,16 @@ class HybridRecipe(FTRecipeInterface):
         self.accumulate = cfg.get("gradient_accumulation_steps") or 1
         self.dtype = DTYPES[cfg.dtype]
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = cfg.get("data_parallel_shard") or self.world
+        if self.world % self.sharded:
+            raise UserError(
+                f"data_parallel_shard {self.sharded} does not divide the {self.world} processes (nproc_per_node x "
+                "nnodes)"
+            )
+        self.offload = bool(cfg.get("offload_teacher"))
+        self.blockwise = str(OmegaConf.select(cfg, "optimizer._component_")).startswith("torchao.")
+        if self.blockwise:
+            self._check_torchao()
         if cfg.device not in ("cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
             raise UserError(f"device {cfg.device!r} is not here; set device=cpu")
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -114,17 +134,32 @@ class HybridRecipe(FTRecipeInterface):
         self._bar = tqdm(disable=True)
         self._unread: list[tuple[Tensor, dict[str, float]]] = []  # of steps whose metrics are still on the device
 
+    def _check_torchao(self) -> None:
+        if self.cfg.device == "cpu":
+            raise UserError(
+                f"optimizer {self.cfg.optimizer._component_} compiles its step, which does not build for device cpu; "
+                "take torch.optim.AdamW there"
+            )
+
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         """Wrap and shard both: self.student with fp32 masters of what is to be trained, and self.teacher.
 
+        They are on the meta device, and get their numbers when they are sharded.
+
         Args:
-            student, teacher: on the CPU; one and the same where `teacher_path` is None.
+            student, teacher: one and the same where `teacher_path` is None.
             mesh: of all processes.
 
         Raises:
             UserError: two models that do not fit together for this stage.
         """
         raise NotImplementedError
+
+    def fill(self, student: Source, teacher: Source) -> None:
+        """Give the sharded models the numbers of their checkpoints."""
+        fill(self.student, student, self.device)
+        if self.teacher_path is not None:
+            fill(self.teacher, teacher, self.device, offload=self.offload)
 
     def frozen(self) -> list[str]:
         """Parts of the student (keys of `PARTS`) that are not trained."""
@@ -154,16 +189,21 @@ class HybridRecipe(FTRecipeInterface):
             dist.init_process_group(backend)
         else:  # alone: a group in memory, so that there is one code path
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        if self.sharded == self.world:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+        else:
+            shape = (self.world // self.sharded, self.sharded)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-        self.checkpoints = Checkpoints(cfg.output_dir, cfg.get("keep_last_n", 2))
+        self.checkpoints = Checkpoints(
+            cfg.output_dir, cfg.get("keep_last_n", 2), background=bool(cfg.get("async_checkpoints"))
+        )
         self._check_output()
-        # as it is stored: fp32 masters are made of it layer by layer
         self.stored_dtype = load_config(cfg.student).dtype or torch.float32
-        student = load_model(cfg.student, self.stored_dtype)
-        teacher = student
+        student, student_weights = open_model(cfg.student, self.stored_dtype)
+        teacher, teacher_weights = student, student_weights
         if self.teacher_path is not None:
-            teacher = load_model(self.teacher_path, self.dtype)
+            teacher, teacher_weights = open_model(self.teacher_path, self.dtype)
             check_vocabularies(Path(self.teacher_path), teacher, Path(cfg.student), student)
         tokenizer = load_tokenizer(cfg.student)
         length = cfg.dataset.get("max_seq_len")
@@ -186,6 +226,7 @@ class HybridRecipe(FTRecipeInterface):
                 if any(key in name for key in PARTS[part]):
                     p.requires_grad_(False)
         self.build(student, teacher, mesh)
+        self.fill(student_weights, teacher_weights)
         self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
         self.load_checkpoint()
         self.scheduler = self._scheduler()
@@ -215,7 +256,11 @@ class HybridRecipe(FTRecipeInterface):
         if not self.cfg.get("lr_scheduler"):
             return None
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
+            rate = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
+            if isinstance(group["lr"], Tensor):  # as torchao's optimisers have it, for torch.compile
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         return component(
             "lr_scheduler", self.cfg.lr_scheduler, self.optimizer,
             num_training_steps=self.steps + 1, last_epoch=self.step,
@@ -248,6 +293,8 @@ class HybridRecipe(FTRecipeInterface):
             "rows a step (batch_size x gradient_accumulation_steps x processes)": self.rows_per_step,
             "data": self.data.digest(),
             "steps": self.steps,
+            # torchao's states are in blocks of what one process holds, and cannot be cut anew
+            "processes": self.world if self.blockwise else None,
         } | {key: cfg.get(key) for key in self.fixed}
 
     def load_checkpoint(self, **_: Any) -> None:
@@ -280,8 +327,7 @@ class HybridRecipe(FTRecipeInterface):
         """The student's tensors, one gathered at a time, as they are stored."""
         for name, p in self.student.model.named_parameters():
             whole = p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
-            # the name without what activation checkpointing adds
-            name = name.replace("_checkpoint_wrapped_module.", "")
+            name = plain_name(name)
             yield name, whole if FP32 in name else whole.to(self.stored_dtype)
 
     def train_step(self) -> tuple[Tensor, dict[str, float]]:
@@ -376,6 +422,7 @@ class HybridRecipe(FTRecipeInterface):
             self.save_checkpoint()
         if self.step == self.steps:
             self.export()
+        self.checkpoints.wait()
 
     def _stop_together(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""
@@ -386,7 +433,9 @@ class HybridRecipe(FTRecipeInterface):
         return bool(flag)
 
     def cleanup(self, **_: Any) -> None:
-        """Close loggers and the process group, hand signals back."""
+        """Let a checkpoint come to its end, close loggers and the process group, hand signals back."""
+        if hasattr(self, "checkpoints"):
+            self.checkpoints.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         for logger in self.loggers:

@@ -22,9 +22,11 @@ from mamba_hybrid.convert import attention_layers
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import IGNORED
 from mamba_hybrid.model import HybridMambaForCausalLM
+from mamba_hybrid.source import Source
 
 from .data import load_tokenizer
-from .gates import Gated, Gates
+from .gates import Beside, Gated, Gates
+from .loading import fill
 from .models import PARTS, Teacher, shard
 from .packing import Batch
 from .recall import ordinary_tokens, recall_rows
@@ -123,8 +125,13 @@ class SelectLayers(HybridRecipe):
         exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fully_shard(gates, mesh=mesh, mp_policy=exact)
         compute, recomputed = (bool(self.cfg.get(k)) for k in ("compile", "enable_activation_checkpointing"))
-        shard(self.student, mesh, self.dtype, compute_layers=compute, checkpoint_activations=recomputed)
-        shard(self.teacher, mesh, self.dtype, compute_layers=compute)
+        shard(self.student, mesh, self.dtype, compute_layers=compute, checkpoint_activations=int(recomputed))
+        shard(self.teacher, mesh, self.dtype, compute_layers=compute, offload=self.offload)
+
+    def fill(self, student: Source, teacher: Source) -> None:
+        fill(self.student, Beside(student, teacher), self.device)
+        self.student.gates.reset()
+        fill(self.teacher, teacher, self.device, offload=self.offload)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return [{"name": "gate", "params": [self.student.gates.logit_I], "lr": self.cfg.gate_lr, "weight_decay": 0.0}]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,14 @@ def config(overrides) -> Callable[..., DictConfig]:
 def metrics(run: str | Path) -> list[dict]:
     """Rows of a run."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def branch(run: Path, step: int, out: Path) -> str:
+    """A run as it stood after a checkpoint."""
+    out.mkdir()
+    shutil.copytree(run / f"step_{step}", out / f"step_{step}")
+    shutil.copy(run / "metrics.jsonl", out)
+    return str(out)
 
 
 def start(

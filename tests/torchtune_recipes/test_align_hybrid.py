@@ -7,7 +7,7 @@ from mamba_hybrid.compare import compare
 from mamba_hybrid.draft import cut
 from torchtune_recipes.align_hybrid import AlignHybrid, run
 
-from .conftest import metrics, start
+from .conftest import branch, metrics, start
 
 SETTINGS = {"mixer_lr": 3e-3, "dataset.max_seq_len": 128}
 LEFT_OUT = ("rest_lr", "loss", "freeze", "enable_activation_checkpointing")  # that alignment does not have
@@ -76,7 +76,8 @@ def test_the_loss_is_the_relative_error_of_each_mixer_on_the_teachers_input(alig
 
 def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on(aligned, overrides, tmp_path):
     assert run(aligned(output_dir=str(tmp_path / "one"))) == 0
-    words = {k: v for k, v in overrides(output_dir=str(tmp_path / "two"), batch_size=2).items() if k not in UNKNOWN}
+    words = overrides(output_dir=str(tmp_path / "two"), batch_size=2, checkpoint_every_n_steps=4, keep_last_n=0)
+    words = {k: v for k, v in words.items() if k not in UNKNOWN}
     two = start(words, "--nproc_per_node", "2", recipe="align_hybrid", without=LEFT_OUT)
     _, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
@@ -85,6 +86,10 @@ def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on(aligned, ove
     for row, other in zip(a, b, strict=True):
         for key in [key for key in row if key.startswith("loss")] + ["grad_norm", "lr_mixer", "tokens"]:
             assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5)
+    # one goes on where two stopped
+    assert run(aligned(output_dir=branch(tmp_path / "two", 4, tmp_path / "one_of_two"))) == 0
+    for row, other in zip(metrics(tmp_path / "one_of_two"), b, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
     # stopped after four of the ten steps
     out = str(tmp_path / "parts")
     recipe = AlignHybrid(aligned(output_dir=out))

@@ -16,7 +16,7 @@ from torchtune_recipes.distill_hybrid import DistillHybrid, run
 from torchtune_recipes.models import PARTS
 from torchtune_recipes.recipe import component
 
-from .conftest import metrics, start
+from .conftest import branch, metrics, start
 
 SAME = ("step", "loss", "kl", "ce", "agreement", "tokens", "grad_norm", "lr_mixer", "lr_rest", "epoch")
 
@@ -89,10 +89,12 @@ def test_other_divergences_bring_the_student_nearer(config, tmp_path, divergence
     assert rows[0]["loss"] != rows[0]["kl"]  # which stays KL(teacher || student)
 
 
-def test_one_process_and_two_have_the_same_losses(overrides, tmp_path):
+def test_one_process_and_two_have_the_same_losses(overrides, config, tmp_path):
     # the second from elsewhere, where only the installed package is
     one = start(overrides(output_dir=str(tmp_path / "one")))
-    two = start(overrides(output_dir=str(tmp_path / "two"), batch_size=2), "--nproc_per_node", "2", cwd=tmp_path)
+    saved = {"checkpoint_every_n_steps": 4, "keep_last_n": 0}
+    words = overrides(output_dir=str(tmp_path / "two"), batch_size=2, **saved)
+    two = start(words, "--nproc_per_node", "2", cwd=tmp_path)
     for process in (one, two):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -104,6 +106,12 @@ def test_one_process_and_two_have_the_same_losses(overrides, tmp_path):
     weights, others = (load_file(tmp_path / run / "hybrid" / "model.safetensors") for run in ("one", "two"))
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    # one goes on where two stopped
+    assert run(config(output_dir=branch(tmp_path / "two", 4, tmp_path / "parts"))) == 0
+    parts = metrics(tmp_path / "parts")
+    assert parts[:4] == b[:4] and len(parts) == 10
+    for row, other in zip(parts, b, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
 
 
 def test_killed_in_the_middle_of_a_checkpoint_goes_on_bit_for_bit(overrides, config, tmp_path):
