@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import distillation_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 
+from .data import load_tokenizer
 from .models import PARTS, Student, Teacher, shard
 from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
+from .samples import Samples
+from .streams import Streams
 
 LOSS = ("kl_weight", "ce_weight", "temperature", "chunk_tokens")
 
@@ -27,9 +34,9 @@ class DistillHybrid(HybridRecipe):
 
     doing = "distilling"
     required = (*REQUIRED, "rest_lr")
-    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing")
+    optional = (*OPTIONAL, "freeze", "loss", "enable_activation_checkpointing", "log_layers_every", "samples")
     fixed = (*FIXED, "rest_lr", "freeze", "loss")
-    measured = ("loss", "kl", "ce", "agreement")
+    measured: tuple[str, ...] = ("loss", "kl", "ce", "agreement")
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -39,6 +46,9 @@ class DistillHybrid(HybridRecipe):
         if odd:
             raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self._check_loss(loss)
+        self.layers_every = cfg.get("log_layers_every")
+        if self.layers_every is not None and (not isinstance(self.layers_every, int) or self.layers_every < 1):
+            raise UserError(f"log_layers_every {self.layers_every!r} must be a whole number above 0, or null for never")
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
 
     @staticmethod
@@ -64,12 +74,48 @@ class DistillHybrid(HybridRecipe):
         )  # fmt: skip
         shard(self.teacher, mesh, self.dtype, compute_layers=compute)
 
+        self.streams = None
+        if self.layers_every:
+            self.streams = Streams(self.student.model, self.teacher.model)
+            self.measured = (*type(self).measured, *self.streams.names)
+
+    def setup(self, **more: Any) -> None:
+        super().setup(**more)
+        node, self.samples = self.cfg.get("samples"), None
+        if node is not None:
+            limit = self.student.model.config.max_position_embeddings
+            self.samples = Samples(node, load_tokenizer(self.cfg.student), limit)
+            if self.rank == 0:
+                self.samples.rewind(self.cfg.output_dir, self.step)
+
+    def after_step(self) -> None:
+        if self.samples is None or self.step % self.samples.every:
+            return
+        assert isinstance(self.student, Student)
+        self.read_metrics()
+        answers = self.samples.answers(self.student, self.device)
+        if self.rank == 0:
+            self.samples.write(self.cfg.output_dir, self.step, answers, self.loggers)
+        self._read_at = time.perf_counter()  # no part of training's speed
+
+    def flops(self) -> float:
+        frozen = self.frozen()
+        return distillation_flops(
+            self.student.model.config, self.teacher.model.config, self.data.length, lambda part: part not in frozen
+        )
+
     def learn(self, batch: Batch, counted: int) -> Tensor:
-        with torch.no_grad():
-            target = self.teacher(batch.tokens, batch.documents)
-        losses = self.student(*batch, target, **self.loss)
+        looked = self.streams is not None and (self.step + 1) % self.layers_every == 0
+        watch: Any = self.streams.watch(batch.labels) if self.streams is not None and looked else nullcontext([])
+        with watch as errors:
+            with torch.no_grad():
+                target = self.teacher(batch.tokens, batch.documents)
+            losses = self.student(*batch, target, **self.loss)
         (losses.loss / counted).backward()
-        return torch.stack([v.detach().float() for v in losses[:4]])
+        sums = [v.detach().float() for v in losses[:4]]
+        if self.streams is not None and not looked:
+            errors = [torch.full_like(sums[0], math.nan) for _ in self.streams.names]
+        return torch.stack(sums + errors)
 
 
 @config.parse
