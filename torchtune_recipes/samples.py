@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mamba_hybrid.errors import UserError
 
+from .metrics import JSONLLogger
 from .models import Student
 
 KEYS = ("prompts", "every", "max_new_tokens")
@@ -87,9 +88,10 @@ class Samples:
 
     def write(self, directory: str | Path, step: int, answers: list[str], loggers: list[Any]) -> None:
         """Append a line for each prompt; a logger with a TensorBoard writer or `log_text` shows them as well."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
         with (Path(directory) / FILE).open("a") as f:
             for prompt, answer in zip(self.prompts, answers, strict=True):
-                f.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n")
+                f.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
         text = "\n\n".join(f"**{p}**\n\n{a}" for p, a in zip(self.prompts, answers, strict=True))
         for logger in loggers:
             if hasattr(logger, "log_text"):
@@ -102,7 +104,4 @@ class Samples:
         """Forget the answers after a step, which a resumed run gives again."""
         file = Path(directory) / FILE
         if file.is_file():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            work = file.with_suffix(".tmp")
-            work.write_text("".join(line + "\n" for line in kept))
-            work.replace(file)
+            JSONLLogger(str(file)).rewind(step)

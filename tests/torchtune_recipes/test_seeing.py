@@ -81,14 +81,14 @@ def test_errors_of_the_streams(config, models, tmp_path):
         assert row[f"residual_error_layer_{i}"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_two_processes_give_the_answers_of_one(overrides, tmp_path):
+def test_two_processes_give_the_answers_of_one(config, overrides, tmp_path):
     words = {f"samples.{key}": value for key, value in SAMPLES["samples"].items()}
-    settings = {"max_steps": 2, **words, "log_layers_every": 1}
-    one = start(overrides(output_dir=str(tmp_path / "one"), **settings))
-    two = start(overrides(output_dir=str(tmp_path / "two"), batch_size=2, **settings), "--nproc_per_node", "2")
-    for process in (one, two):
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    settings = {"max_steps": 2, "log_layers_every": 1}
+    two = overrides(output_dir=str(tmp_path / "two"), batch_size=2, **settings, **words)
+    process = start(two, "--nproc_per_node", "2")
+    assert run(config(output_dir=str(tmp_path / "one"), **settings, **SAMPLES)) == 0
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     assert samples(tmp_path / "one") == samples(tmp_path / "two")
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for key in a:
@@ -105,7 +105,6 @@ def test_loggers_that_take_text_get_it_and_a_resumed_run_repeats_nothing(config,
 
     recipe = ready(config(max_steps=4, **SAMPLES))
     recipe.loggers = [Writer(str(tmp_path / "m.jsonl"))]
-    (tmp_path / "run").mkdir(exist_ok=True)
     try:
         recipe.step = 2
         recipe.after_step()
@@ -114,6 +113,10 @@ def test_loggers_that_take_text_get_it_and_a_resumed_run_repeats_nothing(config,
     finally:
         recipe.cleanup()
     assert Writer.said == [("samples", 2)] and len(samples(tmp_path / "run")) == 2
+    with (tmp_path / "run" / "samples.jsonl").open("a") as f:
+        f.write('{"step": 4, "pro')  # a run was killed here
+    recipe.samples.rewind(tmp_path / "run", 2)
+    assert len(samples(tmp_path / "run")) == 2
     recipe.samples.rewind(tmp_path / "run", 1)
     assert samples(tmp_path / "run") == []
     assert hasattr(SummaryWriter, "add_text")  # what torchtune's TensorBoardLogger has as _writer
