@@ -40,6 +40,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="layers, parameters, bytes of a sequence"))
     _add_compare(commands.add_parser("compare", help="KL of students from their teacher on a text"))
     _add_plan(commands.add_parser("plan", help="memory and time of a recipe, before anything is run"))
+    _add_report(commands.add_parser("report", help="curves and a summary of training runs"))
     _add_draft(commands.add_parser("draft", help="a drafter for a model: a few of its layers, to be distilled"))
     _add_import(commands.add_parser("import", help="a GGUF file as a Hugging Face directory"))
     _add_serve(commands.add_parser("serve", help="an OpenAI-compatible server (vLLM with our plugin)"))
@@ -202,6 +203,23 @@ def _plan(args: argparse.Namespace) -> int:
         keep=args.keep,
     )
     print(format_plan(figures, tflops=args.tflops, mfu=args.mfu, link=args.link))
+    return 0
+
+
+def _add_report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("runs", metavar="RUN", nargs="+", help="a run's output_dir, or its metrics.jsonl")
+    p.add_argument("--out", metavar="FILE", help="draw the curves: .png, .svg, .pdf or .html")
+    p.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import draw, read_run, summary
+
+    runs = [read_run(path) for path in args.runs]
+    print(summary(runs))
+    if args.out:
+        draw(runs, args.out)
+        print(f"wrote {args.out}")
     return 0
 
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import alignment_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Aligner, Teacher, shard
@@ -45,6 +46,9 @@ class AlignHybrid(HybridRecipe):
         compute = bool(self.cfg.get("compile"))
         shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
         shard(self.teacher, mesh, self.dtype, offload=self.offload)
+
+    def flops(self) -> float:
+        return alignment_flops(self.student.model.config, self.teacher.model.config, self.data.length)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
         assert isinstance(self.student, Aligner) and isinstance(self.teacher, Teacher)

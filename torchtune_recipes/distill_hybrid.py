@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +16,17 @@ from torchtune import config
 
 from mamba_hybrid.carry import Carry
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import distillation_flops
 from mamba_hybrid.loss import check_divergence
 from mamba_hybrid.model import HybridMambaForCausalLM
 
+from .data import load_tokenizer
 from .models import PARTS, Student, Teacher, compute_in_fp8, shard
 from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
+from .samples import Samples
+from .streams import Streams
 
 LOSS = ("kl_weight", "ce_weight", "temperature", "chunk_tokens", "divergence", "skew", "beta")
 
@@ -31,10 +38,10 @@ class DistillHybrid(HybridRecipe):
     required = (*REQUIRED, "rest_lr")
     optional = (
         *OPTIONAL, "freeze", "loss", "fp8", "enable_activation_checkpointing", "activation_checkpoint_every",
-        "sequence_chunk",
+        "sequence_chunk", "log_layers_every", "samples",
     )  # fmt: skip
     fixed = (*FIXED, "rest_lr", "freeze", "loss", "fp8", "sequence_chunk")
-    measured = ("loss", "kl", "ce", "agreement")
+    measured: tuple[str, ...] = ("loss", "kl", "ce", "agreement")
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -51,6 +58,11 @@ class DistillHybrid(HybridRecipe):
             self._check_fp8()
         if not isinstance(self._every(), int) or self._every() < 1:
             raise UserError(f"activation_checkpoint_every {self._every()!r} must be a whole number above 0, 1 for all")
+        self.layers_every = cfg.get("log_layers_every")
+        if self.layers_every is not None and (not isinstance(self.layers_every, int) or self.layers_every < 1):
+            raise UserError(f"log_layers_every {self.layers_every!r} must be a whole number above 0, or null for never")
+        if self.layers_every and self.chunk:
+            raise UserError("log_layers_every compares whole rows; set it or sequence_chunk to null")
         self.loss: dict[str, Any] = {str(key): value for key, value in loss.items()}
 
     @staticmethod
@@ -103,9 +115,38 @@ class DistillHybrid(HybridRecipe):
         )  # fmt: skip
         shard(self.teacher, mesh, self.dtype, compute_layers=compute, offload=self.offload)
 
+        self.streams = None
+        if self.layers_every:
+            self.streams = Streams(self.student.model, self.teacher.model)
+            self.measured = (*type(self).measured, *self.streams.names)
+
+    def setup(self, **more: Any) -> None:
+        super().setup(**more)
+        node, self.samples = self.cfg.get("samples"), None
+        if node is not None:
+            limit = self.student.model.config.max_position_embeddings
+            self.samples = Samples(node, load_tokenizer(self.cfg.student), limit)
+            if self.rank == 0:
+                self.samples.rewind(self.cfg.output_dir, self.step)
+
+    def after_step(self) -> None:
+        if self.samples is None or self.step % self.samples.every:
+            return
+        assert isinstance(self.student, Student)
+        self.read_metrics()
+        answers = self.samples.answers(self.student, self.device)
+        if self.rank == 0:
+            self.samples.write(self.cfg.output_dir, self.step, answers, self.loggers)
+        self._read_at = time.perf_counter()  # no part of training's speed
+
+    def flops(self) -> float:
+        frozen = self.frozen()
+        return distillation_flops(
+            self.student.model.config, self.teacher.model.config, self.data.length, lambda part: part not in frozen
+        )
+
     def learn(self, batch: Batch, counted: int) -> Tensor:
-        whole = self.chunk is None or self.chunk >= batch.tokens.shape[1]
-        if whole:
+        if self.chunk is None or self.chunk >= batch.tokens.shape[1]:
             return self._learn(batch, counted, None, None)
         sums, theirs, mine = torch.zeros(len(self.measured), device=self.device), Carry(), Carry()
         for chunk in batch.chunks(self.chunk):
@@ -114,11 +155,17 @@ class DistillHybrid(HybridRecipe):
         return sums
 
     def _learn(self, batch: Batch, counted: int, theirs: Carry | None, mine: Carry | None) -> Tensor:
-        with torch.no_grad():
-            target = self.teacher(batch.tokens, batch.documents, theirs)
-        losses = self.student(*batch, target, mine, **self.loss)
+        looked = self.streams is not None and (self.step + 1) % self.layers_every == 0
+        watch: Any = self.streams.watch(batch.labels) if self.streams is not None and looked else nullcontext([])
+        with watch as errors:
+            with torch.no_grad():
+                target = self.teacher(batch.tokens, batch.documents, theirs)
+            losses = self.student(*batch, target, mine, **self.loss)
         (losses.loss / counted).backward()
-        return torch.stack([v.detach().float() for v in losses[:4]])
+        sums = [v.detach().float() for v in losses[:4]]
+        if self.streams is not None and not looked:
+            errors = [torch.full_like(sums[0], math.nan) for _ in self.streams.names]
+        return torch.stack(sums + errors)
 
 
 @config.parse

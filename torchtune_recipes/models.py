@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torchtune.training import set_activation_checkpointing
 
 from mamba_hybrid import HybridMambaForCausalLM
@@ -72,6 +80,18 @@ class Student(Wrapped):
     ) -> Distillation:
         h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
         return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels_BL.flatten(), **loss)
+
+    @torch.no_grad()
+    def next_tokens(self, tokens_BL: Tensor, last_B: Tensor) -> Tensor:
+        """The likeliest token (B,) behind position last_B of each row; what stands after it is not looked at."""
+        h_BLD = self.model.model(tokens_BL).last_hidden_state
+        h_BD = h_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return (h_BD @ self.model.lm_head.weight.t()).argmax(-1)
+
+    def release(self) -> None:
+        """Give back what FSDP gathered for `next_tokens`, which no backward pass follows."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
 
 class Aligner(Wrapped):
@@ -147,6 +167,30 @@ def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
         convert_to_float8_training(layer, module_filter_fn=chosen)
 
 
+def part_of(name: str) -> str:
+    """The key of `PARTS` that a parameter of this name belongs to."""
+    return next(
+        part for part in ("mixers", "attention", "mlp", "embeddings", "norms") if any(k in name for k in PARTS[part])
+    )
+
+
+def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
+    """Euclidean norm of the gradients of each part (keys of `PARTS`) that is trained, over all processes.
+
+    Returns:
+        Part -> scalar fp32, in an order that is the same everywhere.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            gradients.setdefault(part_of(name), []).append(p.grad)
+    norms = {}
+    for part, tensors in sorted(gradients.items()):
+        norm = nn.utils.get_total_norm(tensors)
+        norms[part] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+    return norms
+
+
 def shard(
     module: Wrapped,
     mesh: DeviceMesh,
@@ -189,6 +233,8 @@ def shard(
             fully_shard(layer.mixer, mesh=mesh, mp_policy=policy, offload_policy=place)
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
     fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
+    if isinstance(module, Student):
+        register_fsdp_forward_method(module, "next_tokens")
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way

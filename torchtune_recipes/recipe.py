@@ -31,13 +31,14 @@ from tqdm import tqdm
 from mamba_hybrid.checkpoint import FP32, load_config, open_model, save_model
 from mamba_hybrid.compare import check_vocabularies
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import peak_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import Source
 
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .loading import fill
-from .models import PARTS, Wrapped, plain_name
+from .models import PARTS, Wrapped, gradient_norms, plain_name
 from .packing import PackedRows
 from .stream import StreamedRows, StreamError
 
@@ -48,7 +49,7 @@ REQUIRED = (
 OPTIONAL = (
     "gradient_accumulation_steps", "max_steps", "epochs", "lr_scheduler", "clip_grad_norm", "seed", "compile",
     "checkpoint_every_n_steps", "async_checkpoints", "keep_last_n", "resume", "log_every", "metric_loggers",
-    "data_parallel_shard", "offload_teacher",
+    "data_parallel_shard", "offload_teacher", "peak_tflops",
 )  # fmt: skip
 # of the configuration, what a resumed run must have as the run before, beside its data
 FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
@@ -105,6 +106,9 @@ class HybridRecipe(FTRecipeInterface):
         for key in (key for key in self.required if key.endswith("_lr")):
             if not isinstance(cfg[key], (int, float)) or not 0 <= cfg[key] < math.inf:
                 raise UserError(f"{key} {cfg[key]!r} must be a number of at least 0")
+        peak = cfg.get("peak_tflops")
+        if peak is not None and (not isinstance(peak, (int, float)) or peak <= 0):
+            raise UserError(f"peak_tflops {peak!r} must be a number above 0, or null for what the device is known for")
         if cfg.get("max_steps") is None and cfg.get("epochs") is None:
             raise UserError("the config needs max_steps or epochs")
         self.cfg = cfg
@@ -129,7 +133,11 @@ class HybridRecipe(FTRecipeInterface):
         self.step = 0
         self.stopped = False
         self.loggers: list[Any] = []
+        self.parts: tuple[str, ...] = ()  # of the student, keys of PARTS, whose gradient norms are logged
         self._handlers: dict[int, Any] = {}
+        self._known_peak = (
+            peak_flops(torch.cuda.get_device_name(self.device), self.dtype) if self.device.type == "cuda" else None
+        )
         self._read_at = 0.0
         self._bar = tqdm(disable=True)
         self._unread: list[tuple[Tensor, dict[str, float]]] = []  # of steps whose metrics are still on the device
@@ -164,6 +172,10 @@ class HybridRecipe(FTRecipeInterface):
     def frozen(self) -> list[str]:
         """Parts of the student (keys of `PARTS`) that are not trained."""
         raise NotImplementedError
+
+    def flops(self) -> float | None:
+        """Model FLOPs of one token of a step (see `mamba_hybrid.flops`), None where nobody has worked them out."""
+        return None
 
     def learn(self, batch: Any, counted: int) -> Tensor:
         """Accumulate the gradients of a batch's loss, which is a mean over the `counted` labels of all processes' step.
@@ -334,24 +346,25 @@ class HybridRecipe(FTRecipeInterface):
         """One optimizer step on the step's rows.
 
         Returns:
-            Sums over this process's labels (see `learn`), each divided by the labels of all processes, and the gradient
-            norm of all: fp32 on the device; and the rates it was made with.
+            Sums over this process's labels (see `learn`), each divided by the labels of all processes, the gradient
+            norms of all for each of `parts` and together: fp32 on the device; and the rates it was made with.
         """
         # every process knows the whole step's rows: there is nothing to exchange
         counted = max(self._counted(self.step), 1)
         sums = torch.zeros(len(self.measured), device=self.device)
         for rows in self.order.micro_batches(self.step):
             sums += self.learn(self.data.batch(rows).to(self.device), counted)
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, self.cfg.get("clip_grad_norm") or math.inf)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norms = gradient_norms(self.student)
+        norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        if limit := self.cfg.get("clip_grad_norm"):
+            nn.utils.clip_grads_with_norm_(self.student.parameters(), limit, norm)
         rates = {f"lr_{group['name']}": float(group["lr"]) for group in self.optimizer.param_groups}
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.cat([sums / counted, norm.float()[None]]), rates
+        self.parts = tuple(norms)
+        return torch.cat([sums / counted, torch.stack([*norms.values(), norm])]), rates
 
     def _counted(self, step: int) -> int:
         """Tokens with a label in a step, over all processes."""
@@ -366,12 +379,12 @@ class HybridRecipe(FTRecipeInterface):
         if not self._unread:
             return
         rows = torch.stack([row for row, _ in self._unread])
-        total, norms = rows[:, :-1].contiguous(), rows[:, -1].tolist()
+        total, norms = rows[:, : len(self.measured)].contiguous(), rows[:, len(self.measured) :].tolist()
         dist.all_reduce(total)
         now = time.perf_counter()
         speed = len(rows) * self.rows_per_step * self.data.length / (now - self._read_at)
         first = self.step - len(rows) + 1
-        for i, (values, norm) in enumerate(zip(total.tolist(), norms, strict=True)):
+        for i, (values, (*of_parts, norm)) in enumerate(zip(total.tolist(), norms, strict=True)):
             means = dict(zip(self.measured, values, strict=True))
             if not (math.isfinite(values[0]) and math.isfinite(norm)):
                 rates = " and ".join(key for key in self.required if key.endswith("_lr"))
@@ -379,11 +392,15 @@ class HybridRecipe(FTRecipeInterface):
                     f"step {first + i}: loss {values[0]}, gradient norm {norm}; lower {rates}, set "
                     "clip_grad_norm, or resume from the checkpoint before"
                 )
-            row = means | {
+            # what a stage does not measure in every step is NaN in the others
+            row = {name: value for name, value in means.items() if not math.isnan(value)} | {
                 self.counts: self._counted(first + i - 1),
                 "epoch": self.order.epoch(first + i - 1), "grad_norm": norm, "tokens_per_s": speed,
+                "seconds": (now - self._read_at) / len(rows),
+                **{f"grad_norm_{part}": value for part, value in zip(self.parts, of_parts, strict=True)},
                 **self._unread[i][1],
             }  # fmt: skip
+            row |= self._utilisation(speed)
             if self.device.type == "cuda":
                 row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             for logger in self.loggers:
@@ -392,6 +409,16 @@ class HybridRecipe(FTRecipeInterface):
         self._read_at = now
         shown = {name: f"{value:.4f}" for name, value in means.items() if name in ("loss", "kl")}
         self._bar.set_postfix(**shown, tok_s=f"{speed:.0f}", refresh=False)
+
+    def _utilisation(self, speed: float) -> dict[str, float]:
+        """Model TFLOP/s of one device, and their share of what it can do at most, as far as both are known."""
+        flops = self.flops()
+        if flops is None:
+            return {}
+        reached = flops * speed / self.world
+        peak = self.cfg.get("peak_tflops")
+        most = peak * 1e12 if peak else self._known_peak
+        return {"tflops": reached / 1e12} | ({"mfu": reached / most} if most else {})
 
     def train(self, **_: Any) -> None:
         """Run to the last step, or until a signal asks to stop; then save.
@@ -413,6 +440,7 @@ class HybridRecipe(FTRecipeInterface):
                 self.step += 1
                 if self.step % log_every == 0:
                     self.read_metrics()
+                self.after_step()
                 self._bar.update()
                 if every and self.step % every == 0 and self.step < self.steps:
                     self.save_checkpoint()
@@ -423,6 +451,9 @@ class HybridRecipe(FTRecipeInterface):
         if self.step == self.steps:
             self.export()
         self.checkpoints.wait()
+
+    def after_step(self) -> None:
+        """What a stage does between two steps, on all processes."""
 
     def _stop_together(self) -> bool:
         """Whether any process was asked to stop: all must leave the loop at the same step."""
@@ -466,7 +497,10 @@ def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
         inspect.signature(target).bind(*args, **kwargs, **more)
     except (TypeError, InstantiationError, ImportError) as e:
         raise UserError(f"{key}: {name} with {', '.join(map(str, kwargs)) or 'no arguments'}: {e}") from e
-    return target(*args, **kwargs, **more)
+    try:
+        return target(*args, **kwargs, **more)
+    except ImportError as e:  # a logger, say, whose package is no dependency
+        raise UserError(f"{key}: {name} needs a package that is not installed ({str(e).splitlines()[0]})") from e
 
 
 def check_keys(node: Mapping[str, Any] | DictConfig, known: tuple[str, ...], where: str = "") -> None:

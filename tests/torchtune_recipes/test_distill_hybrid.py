@@ -11,6 +11,7 @@ from mamba_hybrid.checkpoint import load_model, save_model
 from mamba_hybrid.compare import compare
 from mamba_hybrid.draft import cut
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import distillation_flops
 from tests.tiny import save_transformer
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
 from torchtune_recipes.models import PARTS
@@ -397,3 +398,47 @@ def test_truncated_student(config, capsys, models, tmp_path):
 def test_component_of_something_else():
     with pytest.raises(UserError, match="dataset needs a _component_"):
         component("dataset", "text")
+
+
+def test_gradient_norms_of_the_parts(config, models, tmp_path):
+    """Against autograd on the model alone; clipping keeps to the norm of all."""
+    recipe = ready(config())
+    rows = recipe.order.step_rows(0).ravel()
+    tokens, docs, labels = recipe.data.batch(rows)
+    recipe.cleanup()
+    student, teacher = (load_model(models / name) for name in ("hybrid", "teacher"))
+    with torch.no_grad():
+        p = teacher(tokens, document_ids=docs).logits.log_softmax(-1)
+    q = student(tokens, document_ids=docs).logits.log_softmax(-1)
+    (p.exp() * (p - q)).sum(-1)[labels != -100].mean().backward()
+    assert run(config(max_steps=1)) == 0
+    (row,) = metrics(tmp_path / "run")
+    squares = {part: 0.0 for part in PARTS}
+    for name, w in student.named_parameters():
+        part = "mixers" if ".mixer." in name else next(k for k, marks in PARTS.items() if any(m in name for m in marks))
+        squares[part] += float(w.grad.square().sum())
+    for part, square in squares.items():
+        assert row[f"grad_norm_{part}"] == pytest.approx(square**0.5, rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-4)
+
+
+def test_clipping_keeps_to_the_limit(config):
+    cfg = config(clip_grad_norm=0.01, lr_scheduler=None, mixer_lr=1.0, rest_lr=1.0)
+    cfg.optimizer = {"_component_": "torch.optim.SGD"}
+    recipe = ready(cfg)
+    before = [p.full_tensor().clone() for p in recipe.student.parameters()]
+    row, _ = recipe.train_step()
+    moved = sum((p.full_tensor() - b).square().sum() for p, b in zip(recipe.student.parameters(), before, strict=True))
+    recipe.cleanup()
+    assert row[-1] > 0.01 and float(moved) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_tflops_and_mfu(config, models, tmp_path):
+    assert run(config(max_steps=1, peak_tflops=0.5)) == 0
+    (row,) = metrics(tmp_path / "run")
+    student, teacher = (load_model(models / name).config for name in ("hybrid", "teacher"))
+    assert row["tflops"] * 1e12 == pytest.approx(distillation_flops(student, teacher, 48) * row["tokens_per_s"])
+    assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
+    assert run(config(max_steps=1, output_dir=str(tmp_path / "unknown"))) == 0
+    (row,) = metrics(tmp_path / "unknown")
+    assert "tflops" in row and "mfu" not in row  # nobody knows a CPU's peak
