@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mamba_hybrid_kernels import packed_runs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,8 +73,8 @@ class OnGPU(TorchFunctionMode):
             return True
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if func is torch.mm and "out_dtype" in kwargs:
-            a, b = args
+        if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
+            *_, a, b = args
             return a.new_empty(a.shape[0], b.shape[1], dtype=kwargs["out_dtype"])
         return func(*args, **kwargs)
 
@@ -148,8 +149,11 @@ class Shapes:
         N = self.config.head_dim
         doc_BL = torch.zeros(self.B, self.L, dtype=torch.int64, device=META)
         cos = torch.empty(self.B, self.L, N, device=META)
-        mask = HybridMambaModel._mask(self.L, 0, None, doc_BL, META)
-        return Batch(cos, torch.empty_like(cos), mask, doc_BL, None, None, None)
+        with OnGPU():
+            packed = packed_runs(self.hidden(), N)
+        mask = None if packed else HybridMambaModel._mask(self.L, 0, None, doc_BL, META)
+        first_D1 = torch.empty(self.B + 1, dtype=torch.int32, device=META) if packed else None
+        return Batch(cos, torch.empty_like(cos), mask, doc_BL, first_D1)
 
     def shared(self) -> int:
         """Bytes of what the layers of a forward pass share: mask, rotary tables, document ids."""
@@ -198,7 +202,7 @@ class Shapes:
         u_BLD, output_BLD, batch = self.hidden(), self.hidden(), self._shared()
 
         def loss() -> Tensor:
-            mine = layer.mixer(u_BLD, batch.cos, batch.sin, batch.doc_BL)
+            mine = layer.mixer(u_BLD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
             error_BL, whole_BL = ((t.float() ** 2).sum(-1) for t in (mine - output_BLD, output_BLD))
             return (error_BL.sum(1) / whole_BL.sum(1)).sum()
 

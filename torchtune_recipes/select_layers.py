@@ -28,7 +28,7 @@ from .data import load_tokenizer
 from .gates import Beside, Gated, Gates
 from .loading import fill
 from .models import PARTS, Teacher, shard
-from .packing import Batch
+from .packing import Batch, PackedRows
 from .recall import ordinary_tokens, recall_rows
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
@@ -54,6 +54,7 @@ class SelectLayers(HybridRecipe):
     Source: gates, arXiv 2606.30562; leave_one_out, arXiv 2512.20569.
     """
 
+    takes = PackedRows  # recall rows are made of any row, and evaluated are those of the first steps
     doing = "selecting"
     result = RESULT
     required = (*(k for k in REQUIRED if k != "mixer_lr"), "method", "attention_layers", "gate_lr")
@@ -253,7 +254,7 @@ class SelectLayers(HybridRecipe):
     def _evaluate(self, sets: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
         """KL and top-1 agreement of some choices with the teacher, and their share of recalled pairs."""
         sums = torch.zeros(len(sets), 5, dtype=torch.float64, device=self.device)
-        for step in range(min(self.cfg.get("evaluation_steps", 4), self.steps_per_epoch)):
+        for step in range(min(self.cfg.get("evaluation_steps", 4), self.order.steps_per_epoch)):
             for rows in self.order.micro_batches(step):
                 batch = self.data.batch(rows).to(self.device)
                 target = self.teacher(batch.tokens, batch.documents)

@@ -63,9 +63,8 @@ def forward_kl(
     if backend is None:
         backend = "triton" if s_KV.is_cuda and s_KV.dtype == torch.float32 else "reference"
     if backend == "triton":
-        from .forward_kl_launch import launch  # Triton is needed to run, not to import
-
-        kl_K, ce_K, agree_K, slope_KV = launch(s_KV, t_KV, labels_K, kl_weight, ce_weight, temperature, slope)
+        slope_KV = None if slope is None else torch.empty_like(s_KV, dtype=slope, memory_format=torch.contiguous_format)
+        kl_K, ce_K, agree_K = forward_kl_op(s_KV, t_KV, labels_K, kl_weight, ce_weight, temperature, slope_KV)
         return ForwardKL(kl_K.sum(), ce_K.sum(), agree_K.sum(), slope_KV)
     tau, a, b = temperature, kl_weight, ce_weight
     valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
@@ -84,3 +83,19 @@ def forward_kl(
         slope_KV = log_r_KV.exp_().mul_(a * tau).add_(log_q_KV.exp_(), alpha=b).sub_(p_KV, alpha=a * tau)
     slope_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=slope_KV.dtype))
     return ForwardKL(kl, ce, agree, slope_KV.masked_fill_(~valid_K[:, None], 0).to(slope))
+
+
+@torch.library.custom_op("mamba_hybrid::forward_kl", mutates_args=("slope_KV",))
+def forward_kl_op(
+    s_KV: Tensor, t_KV: Tensor, labels_K: Tensor, a: float, b: float, tau: float, slope_KV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel as an operator, which tensors without content can pass through: kl, ce, agree (K,)."""
+    from .forward_kl_launch import launch  # Triton is needed to run, not to import
+
+    return launch(s_KV, t_KV, labels_K, a, b, tau, slope_KV)
+
+
+@forward_kl_op.register_fake
+def _(s_KV, t_KV, labels_K, a, b, tau, slope_KV):
+    K = len(labels_K)
+    return s_KV.new_empty(K), s_KV.new_empty(K), torch.empty(K, dtype=torch.int64, device=s_KV.device)

@@ -100,23 +100,22 @@ def _forward_kl(
 
 
 def launch(
-    s_KV: Tensor, t_KV: Tensor, labels_K: Tensor, a: float, b: float, tau: float, slope: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """kl, ce, agree (K,) and the slope of `forward_kl`; rows of logits must be contiguous."""
+    s_KV: Tensor, t_KV: Tensor, labels_K: Tensor, a: float, b: float, tau: float, slope_KV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kl, ce, agree (K,) of `forward_kl`, the gradient into `slope_KV`; rows of logits must be contiguous."""
     K, V = s_KV.shape
     if s_KV.dtype != torch.float32 or t_KV.dtype != torch.float32:
         raise ValueError(f"logits are {s_KV.dtype} and {t_KV.dtype}, the kernel takes fp32")
     if s_KV.stride(1) != 1 or t_KV.stride(1) != 1 or t_KV.shape != s_KV.shape or labels_K.shape != (K,):
         raise ValueError(
             f"logits {tuple(s_KV.shape)} and {tuple(t_KV.shape)} of rows for {tuple(labels_K.shape)} labels"
-        )
+        )  # fmt: skip
     kl_K, ce_K = s_KV.new_empty(K), s_KV.new_empty(K)
     agree_K = torch.empty(K, dtype=torch.int64, device=s_KV.device)
-    slope_KV = None if slope is None else s_KV.new_empty(K, V, dtype=slope)
     if K:
         _forward_kl[(K,)](
             s_KV, t_KV, labels_K, kl_K, ce_K, agree_K, slope_KV,
             s_KV.stride(0), t_KV.stride(0), 0 if slope_KV is None else slope_KV.stride(0),
             float(a), float(b), float(tau), V, IGNORED=IGNORED, TEMPERED=tau != 1, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    return kl_K, ce_K, agree_K, slope_KV
+    return kl_K, ce_K, agree_K

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from mamba_hybrid.checkpoint import load_model, save_model
+from mamba_hybrid.checkpoint import load_model, open_model, save_model
 from mamba_hybrid.errors import UserError
 from tests.tiny import save_transformer, tokenizer
 from torchtune_recipes.data import load_tokenizer
@@ -136,7 +136,7 @@ def test_loss_and_gradients_are_those_of_the_formula_without_packing(
     }  # fmt: skip
     read = []
     monkeypatch.setattr(
-        "torchtune_recipes.recipe.load_model", lambda p, d: read.append(Path(p).name) or load_model(p, d)
+        "torchtune_recipes.recipe.open_model", lambda p, d: read.append(Path(p).name) or open_model(p, d)
     )
     recipe = ready(config(**loss))
     assert read[1:] == ([] if kind == SIMPO else ["teacher" if reference == "teacher" else "hybrid"])
