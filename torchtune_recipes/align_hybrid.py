@@ -12,7 +12,7 @@ from mamba_hybrid.errors import UserError
 from mamba_hybrid.flops import alignment_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 
-from .models import PARTS, Aligner, Teacher, shard
+from .models import PARTS, Aligner, Teacher, compile_parts, shard
 from .packing import Batch
 from .recipe import HybridRecipe
 from .recipe import run as run_recipe
@@ -42,8 +42,11 @@ class AlignHybrid(HybridRecipe):
                 f"{list(mine.mixer_layers)}); it has mixers too in {odd}"
             )
         self.measured = ("loss", *(f"loss_layer_{i}" for i in mine.mixer_layers))
-        self.student, self.teacher = Aligner(student), Teacher(teacher)
         compute = bool(self.cfg.get("compile"))
+        del teacher.model.layers[max(mine.mixer_layers) + 1 :]  # nothing is learnt from what comes after
+        if compute:
+            compile_parts(teacher)
+        self.student, self.teacher = Aligner(student, compute=compute), Teacher(teacher)
         shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
         shard(self.teacher, mesh, self.dtype, offload=self.offload)
 

@@ -94,16 +94,27 @@ class Student(Wrapped):
             self.reshard()
 
 
+def relative_error(mine_BLD: Tensor, output_BLD: Tensor, counted_BL: Tensor) -> Tensor:
+    """Squared error of each row's counted tokens relative to the square of the output (B,)."""
+    error_BL, whole_BL = ((t.float() ** 2).sum(-1) * counted_BL for t in (mine_BLD - output_BLD, output_BLD))
+    return error_BL.sum(1) / whole_BL.sum(1).clamp(min=1e-30)
+
+
 class Aligner(Wrapped):
     """A student of which only the mixers run, each alone on what the teacher's attention in its place reads.
 
     Nothing is learnt through other layers, so nothing of them is kept for a backward pass: a mixer's gradients are
     taken while the teacher is at its layer.
+
+    Args:
+        model: the student.
+        compute: torch.compile the loss.
     """
 
-    def __init__(self, model: HybridMambaForCausalLM) -> None:
+    def __init__(self, model: HybridMambaForCausalLM, *, compute: bool = False) -> None:
         super().__init__()
         self.model = model.train()
+        self.error = torch.compile(relative_error) if compute else relative_error
 
     def align(self, teacher: Teacher, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
         """Accumulate the mixers' gradients on a batch.
@@ -130,8 +141,7 @@ class Aligner(Wrapped):
             with torch.enable_grad():
                 mixer = self.model.get_submodule(f"model.layers.{layer}.mixer")
                 mine = mixer(u, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
-                error_BL, whole_BL = ((t.float() ** 2).sum(-1) * counted_BL for t in (mine - output, output))
-                loss = (error_BL.sum(1) / whole_BL.sum(1).clamp(min=1e-30) * weight_B).sum()
+                loss = (self.error(mine, output, counted_BL) * weight_B).sum()
                 (loss / (counted * len(layers))).backward()
             sums[layer] = loss.detach()
 
@@ -167,11 +177,22 @@ def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
         convert_to_float8_training(layer, module_filter_fn=chosen)
 
 
+def compile_parts(model: HybridMambaForCausalLM) -> None:
+    """torch.compile what lies between the places that hooks on attention layers watch: a hook breaks a graph."""
+    for layer in model.model.layers:
+        assert isinstance(layer, HybridLayer)
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile()
+        if layer.is_mixer:
+            layer.mixer.compile()
+        else:
+            layer.self_attn.heads = torch.compile(layer.self_attn.heads)  # type: ignore[method-assign]
+
+
 def part_of(name: str) -> str:
-    """The key of `PARTS` that a parameter of this name belongs to."""
-    return next(
-        part for part in ("mixers", "attention", "mlp", "embeddings", "norms") if any(k in name for k in PARTS[part])
-    )
+    """The key of `PARTS` that a parameter of this name belongs to; the module's name outside of the model."""
+    parts = ("mixers", "attention", "mlp", "embeddings", "norms")
+    return next((part for part in parts if any(k in name for k in PARTS[part])), name.split(".")[0])
 
 
 def gradient_norms(module: nn.Module) -> dict[str, Tensor]:

@@ -36,8 +36,9 @@ def document_starts(doc_BL: Tensor | None, rows: int, length: int, device: torch
     if doc_BL is None:
         return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
     begins_BL = F.pad(doc_BL[:, 1:] != doc_BL[:, :-1], (1, 0), value=True)
-    first_D = begins_BL.flatten().nonzero()[:, 0].int()
-    return F.pad(first_D, (0, 1), value=rows * length)
+    first_D1 = F.pad(begins_BL.flatten().nonzero()[:, 0].int(), (0, 1), value=rows * length)
+    torch._dynamo.maybe_mark_dynamic(first_D1, 0)  # or the second batch compiles everything again
+    return first_D1
 
 
 def packed_attention(
