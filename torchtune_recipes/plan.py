@@ -9,6 +9,7 @@ counted on models without memory, activations by `activations`; what FSDP2 gathe
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,13 +151,15 @@ class Stage:
     """
 
     def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
-        self.cfg, self.gpus = cfg, gpus
+        self.cfg = cfg
+        self.gpus = cfg.get("data_parallel_shard") or gpus  # that share one copy of the models
+        self.offload = bool(cfg.get("offload_teacher"))
         self.dtype, self.length = DTYPES[cfg.dtype], int(cfg.dataset.max_seq_len)
         self.accumulate = cfg.get("gradient_accumulation_steps") or 1
         self.student, self.teacher = Parameters(student, self.frozen()), Parameters(teacher, list(PARTS))
         self.state, self.stepping = optimizer_bytes(cfg.optimizer)
         # FSDP has what it gathers twice, as one buffer and as parameters, or the next unit's buffer beside this unit's
-        self.copies = 1 if gpus == 1 else 2
+        self.copies = 1 if self.gpus == 1 else 2
 
     def frozen(self) -> list[str]:
         """Parts of the student that are not trained."""
@@ -188,7 +191,7 @@ class Stage:
         return {
             "student's parameters, fp32": self.shard(4 * self.student.count()),
             "optimiser's moments": self.shard(self.state * self.student.count(trained=True)),
-            "teacher": self.shard(teacher),
+            "teacher": 0 if self.offload else self.shard(teacher),
         }
 
     def gradients(self, number: int) -> dict[str, int]:
@@ -234,10 +237,10 @@ class Stage:
         )  # fmt: skip
 
     def host(self) -> int:
-        """Bytes of host memory of a process while it reads both checkpoints."""
-        stored = self.student.config.dtype
-        stored = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored or "float32").split(".")[-1])
-        return self.student.count() * stored.itemsize + self.teacher.count() * self.dtype.itemsize
+        """Bytes of host memory that the models take of a process: the rows of one tensor at a time while checkpoints
+        are read, and the share of a teacher that stays there."""
+        largest = max(self.shard(4 * m.config.vocab_size * m.config.hidden_size) for m in (self.student, self.teacher))
+        return largest + (self.shard(self.teacher.count() * self.dtype.itemsize) if self.offload else 0)
 
     def moved(self, number: float) -> float:
         """Of what is gathered or reduced, the share that comes from other GPUs."""
@@ -271,8 +274,11 @@ class Distillation(Stage):
         of_kind = {kind: mine.layer(types.index(kind), grad=True) for kind in sorted(set(types))}
         layers = [of_kind[kind] for kind in types]
         hidden = mine.hidden().nbytes
-        again = bool(self.cfg.get("enable_activation_checkpointing"))
-        kept = [hidden if again else layer.kept for layer in layers]
+        every = (
+            (self.cfg.get("activation_checkpoint_every") or 1) if self.cfg.get("enable_activation_checkpointing") else 0
+        )
+        again = [bool(every) and i % every == 0 for i in range(n)]
+        kept = [hidden if again[i] else layer.kept for i, layer in enumerate(layers)]
         norm = mine.norm()
         loss = mine.loss(self.teacher.config, **(self.cfg.get("loss") or {}))
         common = self.always() | {
@@ -282,7 +288,7 @@ class Distillation(Stage):
             "batch, mask and rotary tables": mine.shared(),
         }
         entry = hidden  # again: the last layer's output; else the first layer's input, which no layer before it kept
-        inputs = "layer inputs kept" if again else "activations kept"
+        inputs = "layer inputs kept" if all(again) else "activations kept"
         before = common | self.gradients(0) | {inputs: sum(kept) + entry + norm.kept}
         yield Moment(
             "loss",
@@ -299,8 +305,8 @@ class Distillation(Stage):
                 f"backward pass of layer {i}",
                 common | self.gradients(reduced) | {
                     "head's gradient": head,
-                    inputs: sum(kept[:i]) + entry + hidden * again,
-                    "a layer computed again" if again else "a layer's backward pass": layers[i].backward,
+                    inputs: sum(kept[:i]) + entry + hidden * again[i],
+                    "a layer computed again" if again[i] else "a layer's backward pass": layers[i].backward,
                     "layers, gathered": self.gathered(model, i),
                     "layer's gradients being reduced": waiting,
                 },
@@ -320,7 +326,13 @@ class Distillation(Stage):
 
 
 class Alignment(Stage):
-    """`align_hybrid`."""
+    """`align_hybrid`, whose teacher ends with the last layer that something is learnt from."""
+
+    def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
+        layers = max(student.mixer_layers, default=-1) + 1
+        shorter = copy.deepcopy(teacher)
+        shorter.num_hidden_layers, shorter.layer_types = layers, (teacher.layer_types or [])[:layers]
+        super().__init__(cfg, student, shorter, gpus)
 
     def frozen(self) -> list[str]:
         return [part for part in PARTS if part != "mixers"]
@@ -372,7 +384,7 @@ class Plan:
         title: recipe, GPUs, batch.
         moments: of a step.
         gpu: bytes of a GPU.
-        host: bytes of host memory of one process while checkpoints are read.
+        host: bytes of host memory that the models take of one process.
         largest: rows of the largest micro-batch that fits, 0 for none.
         flops: of one GPU in one step.
         traffic: bytes that come to one GPU in one step.
@@ -529,7 +541,7 @@ def format_plan(p: Plan, *, tflops: float, mfu: float, link: float) -> str:
     seconds, waits = p.flops / (tflops * 1e12 * mfu), p.traffic / (link * 1e9)
     lines += [
         "",
-        f"host memory   {p.host / GB:.1f} GB for each process while checkpoints are read",
+        f"host memory   {p.host / GB:.1f} GB of each process for the models, beside the data set",
         f"a step        {p.flops / 1e12:.0f} TFLOP a GPU: {seconds:.2f} s at {mfu:.0%} of {tflops:g} TFLOP/s, "
         f"{p.tokens / seconds:.0f} tokens/s a GPU",
         f"FSDP          {p.traffic / GB:.1f} GB to each GPU a step: {waits:.2f} s at {link:g} GB/s, beside computing",
