@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss import _product
+from .loss import product
 
 
 def sequence_log_probs(
@@ -61,7 +61,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         log_probs_M, norm_M = hidden_MD.new_empty(2, len(labels_M), dtype=acc).unbind()
         for at in range(0, len(labels_M), chunk):
             span = slice(at, at + chunk)
-            logits_KV = _product(hidden_MD[span].to(inner_VD.dtype), inner_VD.t(), acc)
+            logits_KV = product(hidden_MD[span].to(inner_VD.dtype), inner_VD.t(), acc)
             norm_M[span] = logits_KV.logsumexp(-1)
             log_probs_M[span] = logits_KV.gather(-1, labels_M[span, None])[:, 0] - norm_M[span]
             del logits_KV  # or two chunks' logits would stand side by side
@@ -80,11 +80,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             span = slice(at, at + ctx.chunk)
             h_KD, up_K1 = hidden_MD[span].to(inner_VD.dtype), upstream_M[span, None]
             # upstream (onehot - p)
-            d_KV = _product(h_KD, inner_VD.t(), acc).sub_(norm_M[span, None]).exp_().mul_(-up_K1)
+            d_KV = product(h_KD, inner_VD.t(), acc).sub_(norm_M[span, None]).exp_().mul_(-up_K1)
             d_KV = d_KV.scatter_add_(-1, labels_M[span, None], up_K1).to(inner_VD.dtype)
             if grad_MD is not None:
-                grad_MD[span] = _product(d_KV, inner_VD, acc)
+                grad_MD[span] = product(d_KV, inner_VD, acc)
             if grad_VD is not None:
-                grad_VD += _product(d_KV.t(), h_KD, acc)
+                grad_VD += product(d_KV.t(), h_KD, acc)
             del d_KV
         return grad_MD, None if grad_VD is None else grad_VD.to(head_VD.dtype), None, None

@@ -162,7 +162,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
 }  # fmt: skip
 
 
-def _product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
     """a @ b + add, accumulated and returned in `acc`."""
     if a.dtype != acc and a.is_cuda:  # half-precision inputs, fp32 out of the tensor cores
         return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc)
@@ -209,8 +209,8 @@ class _ChunkedDistillation(torch.autograd.Function):
         for at in range(0, len(labels_M), chunk):
             span = slice(at, at + chunk)
             h_KD = student_MD[span].to(inner)
-            s_KV = _product(h_KD, student_head_VD.t(), acc)
-            t_KV = _product(teacher_ME[span].to(teacher_inner), teacher_head_VE.t(), acc)
+            s_KV = product(h_KD, student_head_VD.t(), acc)
+            t_KV = product(teacher_ME[span].to(teacher_inner), teacher_head_VE.t(), acc)
             wanted = inner if hidden_grad or head_grad else None
             if other is None:
                 part = forward_kl(
@@ -227,9 +227,9 @@ class _ChunkedDistillation(torch.autograd.Function):
             if d_KV is None:
                 continue
             if grad_MD is not None:
-                grad_MD[span] = _product(d_KV, student_head_VD, acc)
+                grad_MD[span] = product(d_KV, student_head_VD, acc)
             if head_grad:
-                grad_VD = _product(d_KV.t(), h_KD, acc, grad_VD)
+                grad_VD = product(d_KV.t(), h_KD, acc, grad_VD)
         ctx.save_for_backward(grad_MD, grad_VD)
         ctx.head_dtype = head_dtype
         tokens = (labels_M != IGNORED).sum()
