@@ -15,12 +15,7 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
-    parser = command_parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # key=value behind flags, which argparse does not put together
-        args.overrides += rest
+    args = parse(argv)
     try:
         return args.run(args)
     except UserError as e:
@@ -31,8 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """A command's arguments; ends the process where they are wrong, as argparse does."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value behind flags, which argparse does not put together
+        args.overrides += rest
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mamba-hybrid", description="Transformers into attention-SSM hybrids.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -285,7 +290,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("pipeline", metavar="FILE", help=".yaml with the steps; see docs/pipelines.md")
-    p.add_argument("changes", nargs="*", metavar="key=value", help="of the pipeline's variables")
+    p.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="of the pipeline's variables")
     p.add_argument("--from", dest="start", metavar="STEP", help="do this step and all after it anew")
     p.add_argument("--dry-run", action="store_true", help="only print the commands")
     p.set_defaults(run=_run)
@@ -297,7 +302,7 @@ def _run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as e:
         raise UserError(f"pipelines need {e.name}: pip install 'mamba-hybrid[train]'") from e
 
-    return run(args.pipeline, args.changes, start=args.start, dry_run=args.dry_run)
+    return run(args.pipeline, args.overrides, start=args.start, dry_run=args.dry_run)
 
 
 def _add_bench(p: argparse.ArgumentParser) -> None:

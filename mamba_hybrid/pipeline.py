@@ -165,7 +165,7 @@ def _step(number: int, node: Mapping[str, Any]) -> Step:
 
 
 def _command(name: str, words: Any) -> Step:
-    from .cli import command_parser  # which imports this module's functions
+    from .cli import parse  # which imports this module's functions
 
     if not isinstance(words, list) or not words or words[0] in NO_STEPS:
         raise UserError(f"step {name}: command {words!r} must be one of mamba-hybrid's that end, with its arguments")
@@ -173,7 +173,7 @@ def _command(name: str, words: Any) -> Step:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            command_parser().parse_args(words)
+            parse(words)
     except SystemExit as e:
         raise UserError(f"step {name}: {said.getvalue().strip().splitlines()[-1]}") from e
     return Step(name, ["mamba-hybrid", *words], _digest(words), None)

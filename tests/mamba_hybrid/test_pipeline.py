@@ -116,7 +116,7 @@ def test_stopped_in_a_step_it_goes_on_there(write, tmp_path, capfd, monkeypatch)
 def test_dry_run_prints_what_a_user_would_type(write, tmp_path, capsys, steps):
     steps[1]["processes"] = 2
     path = write()
-    assert main(["run", str(path), f"teacher={tmp_path}/other", "--dry-run"]) == 0
+    assert main(["run", str(path), "--dry-run", f"teacher={tmp_path}/other"]) == 0
     _, first, _, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"mamba-hybrid convert {tmp_path}/other '{tmp_path}/a home/run/start' --calibrate ")
     assert second.startswith(f"tune run --nproc_per_node 2 distill_hybrid --config {CONFIG} ")
@@ -192,6 +192,12 @@ def test_a_damaged_record(write, tmp_path, capsys):
     (tmp_path / "a home" / "run" / RECORD).write_text('{"done": [')
     assert main(["run", str(write())]) == 1
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_command_takes_what_the_command_line_takes(write):
+    words = ["plan", "x.yaml", "--gpus", "2", "batch_size=2"]
+    (step,) = load(write(steps=[{"name": "fits", "command": " ".join(words)}])).steps
+    assert step.words == ["mamba-hybrid", *words]
 
 
 DISTIL = {"name": "distil", "recipe": "distill_hybrid", "config": str(CONFIG)}
