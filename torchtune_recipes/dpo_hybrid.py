@@ -118,11 +118,11 @@ class DpoHybrid(HybridRecipe):
             self.student, mesh, self.dtype,
             masters=True,
             compute_layers=compute,
-            checkpoint_activations=bool(self.cfg.get("enable_activation_checkpointing")),
+            checkpoint_activations=int(bool(self.cfg.get("enable_activation_checkpointing"))),
         )  # fmt: skip
         if self.teacher_path is not None:
             self.teacher = Scorer(teacher.requires_grad_(False).eval())
-            shard(self.teacher, mesh, self.dtype, compute_layers=compute)
+            shard(self.teacher, mesh, self.dtype, compute_layers=compute, offload=self.offload)
 
     def log_probs(self, model: Wrapped, batch: PairBatch) -> Tensor:
         """(P, 2) of the chosen and rejected answers, in nats."""

@@ -272,9 +272,12 @@ def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on_bit_for_bit(
     assert all(torch.equal(parts[name], weight) for name, weight in whole.items())
 
 
-def test_recomputed_activations_and_a_larger_batch_change_nothing(config):
+def test_recomputed_activations_an_offloaded_teacher_and_a_larger_batch_change_nothing(config):
     got = []
-    for more in ({}, {"enable_activation_checkpointing": True}, {"batch_size": 2, "gradient_accumulation_steps": 2}):
+    for more in (
+        {}, {"enable_activation_checkpointing": True, "offload_teacher": True},
+        {"batch_size": 2, "gradient_accumulation_steps": 2},
+    ):  # fmt: skip
         recipe = ready(config(**more))
         try:
             got.append(recipe.train_step()[0])
