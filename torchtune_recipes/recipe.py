@@ -226,6 +226,8 @@ class HybridRecipe(FTRecipeInterface):
             raise UserError(f"dataset.max_seq_len {length} is over the models' context {limit}")
         self.data = component("dataset", cfg.dataset, tokenizer)
         if not isinstance(self.data, self.takes):
+            if isinstance(self.data, StreamedRows) and issubclass(PackedRows, self.takes):
+                raise UserError(f"{self.doing} takes no stream; set dataset.streaming=False")
             makers = " or ".join(f"torchtune_recipes.{name}" for name in self.makers)
             raise UserError(f"dataset {cfg.dataset._component_} makes no rows for {self.doing}; use {makers}")
         self.data.check_vocabulary(student.vocab_size)

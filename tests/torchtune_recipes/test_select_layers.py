@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from mamba_hybrid.checkpoint import load_model
@@ -207,6 +208,7 @@ def test_trials_go_on_too(selection, tmp_path):
         ({"student": "hybrid"}, "has no mixer in layers [1, 3]; convert the teacher with --keep 0"),
         ({"teacher": "hybrid"}, "has mixers in layers [0, 2]; it must have none"),
         ({"mixer_lr": 1.0}, "unknown config key mixer_lr"),
+        ({"dataset.streaming": True}, "selecting takes no stream; set dataset.streaming=False"),
     ],
 )
 def test_refused(selection, models, tmp_path, capsys, changes, words):
@@ -214,7 +216,7 @@ def test_refused(selection, models, tmp_path, capsys, changes, words):
         changes = {key: str(models / "hybrid") for key in changes}
     cfg = selection()
     for key, value in changes.items():
-        cfg[key] = value
+        OmegaConf.update(cfg, key, value, merge=False)
     assert run(cfg) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and words in errors[0], errors
