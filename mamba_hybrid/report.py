@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("gradient norms of the parts", ("grad_norm_*",), True),
     ("relative error of the residual stream", ("residual_error_*",), False),
     ("losses of the layers", ("loss_layer_*",), True),
+    ("KL with a layer's attention", ("kl_layer_*",), False),
+    ("gates", ("gate_layer_*",), False),
     ("learning rates", ("lr_*",), False),
     ("tokens/s", ("tokens_per_s",), False),
     ("share of the devices' peak (MFU)", ("mfu",), False),
     ("peak memory, GiB", ("peak_memory_gib",), False),
 )
-APART = ("step", "tokens", "epoch", "seconds", "tflops")  # what no curve is drawn of
-SUMMARY = ("loss", "kl", "ce", "agreement", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib")
-HIGH_IS_BEST = ("agreement", "tokens_per_s", "mfu")
+APART = ("step", "tokens", "pairs", "epoch", "seconds", "tflops")  # what no curve is drawn of
+SUMMARY = (
+    "loss", "kl", "ce", "agreement", "accuracy", "reward_margin", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib",
+)  # fmt: skip
+HIGH_IS_BEST = ("agreement", "accuracy", "reward_margin", "tokens_per_s", "mfu")
+# what a recipe counts, and in what unit; the first that all runs have is the axis below the curves
+COUNTS = (("tokens", "labelled tokens, millions", 1e6), ("pairs", "pairs, thousands", 1e3), ("step", "steps", 1))
 SMOOTH = 10  # steps of the running mean
 
 
@@ -49,23 +56,20 @@ class Run:
     name: str
     rows: list[Row]
 
-    @property
-    def tokens(self) -> list[float]:
-        """Tokens trained on until each row, in millions."""
-        total, seen = 0.0, []
-        for row in self.rows:
-            total += row.get("tokens", 0)
-            seen.append(total / 1e6)
-        return seen
+    def seen(self, count: str) -> list[float]:
+        """How many of something ("tokens", "pairs", "step") there were until each row."""
+        if count == "step":
+            return [row["step"] for row in self.rows]
+        return list(accumulate(row.get(count, 0) for row in self.rows))
 
     @property
     def hours(self) -> float:
         """Of training; reading models and writing checkpoints are not in it."""
         return sum(row["seconds"] for row in self.rows if "seconds" in row) / 3600
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(tokens, values) of the rows that have a metric."""
-        pairs = [(x, row[key]) for x, row in zip(self.tokens, self.rows, strict=True) if key in row]
+    def series(self, key: str, count: str) -> tuple[list[float], list[float]]:
+        """(what `seen` gives, values) of the rows that have a metric."""
+        pairs = [(x, row[key]) for x, row in zip(self.seen(count), self.rows, strict=True) if key in row]
         return [x for x, _ in pairs], [y for _, y in pairs]
 
     def keys(self, pattern: str) -> list[str]:
@@ -109,7 +113,7 @@ def summary(runs: Sequence[Run]) -> str:
     width = max(len(name) for name in (*SUMMARY, "metric"))
     for run in runs:
         first, last = int(run.rows[0]["step"]), int(run.rows[-1]["step"])
-        lines.append(f"{run.name}: steps {first} to {last}, {run.tokens[-1]:.3f} M labelled tokens{_hours(run)}")
+        lines.append(f"{run.name}: steps {first} to {last}{_counted(run)}{_hours(run)}")
         lines.append(f"  {'metric':{width}}  {'first':>11}  {'last':>11}  {'best':>11}  at step")
         for key in SUMMARY:
             pairs = [(row[key], int(row["step"])) for row in run.rows if key in row and math.isfinite(row[key])]
@@ -120,12 +124,18 @@ def summary(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def _counted(run: Run) -> str:
+    if run.keys("pairs"):
+        return f", {run.seen('pairs')[-1]:.0f} pairs"
+    return f", {run.seen('tokens')[-1] / 1e6:.3f} M labelled tokens" if run.keys("tokens") else ""
+
+
 def _hours(run: Run) -> str:
     return f", {run.hours:.2f} hours" if run.hours else ""
 
 
 def draw(runs: Sequence[Run], out: str | Path) -> None:
-    """Write the curves of all runs over the tokens they were trained on, into one .png, .svg, .pdf or .html.
+    """Write the curves of all runs over what they were trained on (`COUNTS`), into one .png, .svg, .pdf or .html.
 
     Args:
         runs: to lay over each other.
@@ -164,6 +174,7 @@ def _figure(runs: Sequence[Run]) -> Any:
     drawn = {key for run in runs for _, patterns, _ in shown for pattern in patterns for key in run.keys(pattern)}
     others = dict.fromkeys(key for run in runs for row in run.rows for key in row if key not in (*drawn, *APART))
     shown += [(key, (key,), False) for key in others]  # of recipes that log something of their own
+    count, unit, scale = next(c for c in COUNTS if all(run.keys(c[0]) for run in runs))
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     width, height = 5.2 * columns, 3.2 * lines
@@ -172,17 +183,19 @@ def _figure(runs: Sequence[Run]) -> Any:
     figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.4 / height, wspace=0.18, hspace=0.38)
     for at, (title, patterns, logarithmic) in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, at)
+        first = next(i for i, run in enumerate(runs) if any(run.keys(pattern) for pattern in patterns))
         for number, run in enumerate(runs):
             keys = [key for pattern in patterns for key in run.keys(pattern)]
             for i, key in enumerate(keys):
-                x, y = run.series(key)
+                seen, y = run.series(key, count)
+                x = [n / scale for n in seen]
                 color = f"C{number if len(keys) == 1 else i % 10}"
                 name = run.name if len(keys) == 1 else key.removeprefix(patterns[0][:-1])
                 axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-                style = "-" if len(keys) == 1 or not number else ("--", ":", "-.")[(number - 1) % 3]
-                axes.plot(x, _mean(y), style, color=color, label=name if len(keys) == 1 or not number else None)
+                style = "-" if len(keys) == 1 or number == first else ("--", ":", "-.")[(number - 1) % 3]
+                axes.plot(x, _mean(y), style, color=color, label=name if len(keys) == 1 or number == first else None)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("labelled tokens, millions", fontsize=8)
+        axes.set_xlabel(unit, fontsize=8)
         if logarithmic:
             axes.set_yscale("log")
         if len(runs) > 1 or "*" in patterns[0]:

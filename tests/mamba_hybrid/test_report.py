@@ -55,6 +55,19 @@ def test_curves_of_two_runs(run, tmp_path, kind, magic, capsys):
         assert "MFU" not in text
 
 
+def test_a_run_of_pairs_and_one_of_layers(tmp_path, capsys):
+    pairs = [{"step": i + 1, "loss": 0.7 - i / 100, "accuracy": 0.5 + i / 100, "pairs": 8.0} for i in range(5)]
+    layers = [{"step": i + 1, "loss": 0.7, "tokens": 9.0, "gate_layer_0": 0.4, "gate_layer_1": 0.6} for i in range(5)]
+    runs = [str(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("dpo", pairs), ("select", layers))]
+    for names, unit in ((runs[:1], "pairs, thousands"), (runs[1:], "labelled tokens"), (runs, "steps")):
+        assert main(["report", *names, "--out", str(tmp_path / "report.svg")]) == 0
+        text = (tmp_path / "report.svg").read_text()
+        assert f"<!-- {unit}" in text and "<!-- pairs -->" not in text
+    assert text.count("<!-- gates -->") == 1 and "<!-- accuracy -->" in text
+    out = capsys.readouterr().out
+    assert "steps 1 to 5, 40 pairs" in out and "accuracy" in out
+
+
 def test_a_run_that_is_being_written(run):
     with (run / "metrics.jsonl").open("a") as f:
         f.write('{"step": 21, "lo')
