@@ -77,18 +77,18 @@ def _mixing(config: HybridMambaConfig, layer: int, length: int) -> float:
     return 2 * H * (N + P) * (seen + chunk / 2) + 2 * P * N * (S + H)
 
 
-def forward_flops(config: HybridMambaConfig, length: int, *, head: bool = True) -> float:
+def forward_flops(config: HybridMambaConfig, length: int, *, head: bool = True, layers: int | None = None) -> float:
     """FLOPs of one token's forward pass.
 
     Args:
         config: the model's.
         length: L of the row that it is in.
         head: with the language-model head.
+        layers: only the first so many.
     """
-    layers = sum(
-        2 * sum(_matrices(config, i).values()) + _mixing(config, i, length) for i in range(config.num_hidden_layers)
-    )
-    return layers + (2 * config.hidden_size * config.vocab_size if head else 0)
+    count = config.num_hidden_layers if layers is None else layers
+    total = sum(2 * sum(_matrices(config, i).values()) + _mixing(config, i, length) for i in range(count))
+    return total + (2 * config.hidden_size * config.vocab_size if head else 0)
 
 
 def distillation_flops(
@@ -118,9 +118,9 @@ def distillation_flops(
 
 
 def alignment_flops(student: HybridMambaConfig, teacher: HybridMambaConfig, length: int) -> float:
-    """FLOPs of one token of an alignment step: the teacher's forward pass without its head, the mixers' forward and
-    backward pass, in which what they read needs no gradient."""
-    total = forward_flops(teacher, length, head=False)
+    """FLOPs of one token of an alignment step: the teacher's forward pass up to the last layer that something is learnt
+    from, the mixers' forward and backward pass, in which what they read needs no gradient."""
+    total = forward_flops(teacher, length, head=False, layers=max(student.mixer_layers, default=-1) + 1)
     out = student.num_attention_heads * student.head_dim * student.hidden_size
     for i in student.mixer_layers:
         total += 2 * (2 * _mixer_inputs(student) + 3 * out) + 3 * _mixing(student, i, length)

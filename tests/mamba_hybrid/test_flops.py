@@ -100,6 +100,11 @@ def test_a_mixers_projections_forward_and_backward():
     assert window * L == 2 * 6 * (8 + 8) * pairs
 
 
+def test_alignment_ends_with_the_last_mixer():
+    student = model("maa").config
+    assert alignment_flops(student, model("aaa").config, L) == alignment_flops(student, model("a").config, L)
+
+
 def test_ssd_is_the_chunked_algorithm():
     """Written out as loops over a chunk's pairs, for a row of two whole chunks."""
     m = model("m", window=0, state_heads=2)
