@@ -29,8 +29,10 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import hybrid_config
 
 from .activations import META, Live, Shapes
+from .align_hybrid import AlignHybrid
+from .distill_hybrid import LOSS, DistillHybrid
 from .models import PARTS
-from .recipe import DTYPES, component
+from .recipe import DTYPES, check_keys, component
 
 NEEDED = ("student", "teacher", "dataset", "optimizer", "batch_size", "dtype")
 GB = 1e9
@@ -250,6 +252,10 @@ class Stage:
 class Distillation(Stage):
     """`distill_hybrid`."""
 
+    def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
+        check_keys(cfg.get("loss") or {}, LOSS, "loss.")
+        super().__init__(cfg, student, teacher, gpus)
+
     def frozen(self) -> list[str]:
         return list(self.cfg.get("freeze") or [])
 
@@ -374,6 +380,10 @@ class Alignment(Stage):
 
 
 STAGES: dict[str, type[Stage]] = {"distill_hybrid": Distillation, "align_hybrid": Alignment}
+KEYS = {
+    name: recipe.required + recipe.optional
+    for name, recipe in (("distill_hybrid", DistillHybrid), ("align_hybrid", AlignHybrid))
+}
 
 
 @dataclass(frozen=True)
@@ -442,13 +452,18 @@ def plan(
         UserError: the YAML or a configuration cannot be read or does not fit.
     """
     cfg, header = _load(config, overrides)
-    line = re.search(r"tune run (?:--nproc_per_node (\d+) )?(\w+) --config", header)
-    name = recipe or (line[2] if line else "")
+    processes, named = _command(config, header)
+    name = recipe or named
     if name not in STAGES:
-        raise UserError(f"recipe {name!r} is none of {', '.join(STAGES)}; name it with --recipe")
-    count = gpus if gpus is not None else int((line and line[1]) or 1)
+        raise UserError(f"recipe {name!r} is none of {', '.join(STAGES)}{'' if name else '; name it with --recipe'}")
+    check_keys(cfg, KEYS[name])
+    count = processes if gpus is None else gpus
     if count < 1 or gpu_gb <= 0:
         raise UserError(f"--gpus {count} and --gpu-mem {gpu_gb} must be above 0")
+    if count % (cfg.get("data_parallel_shard") or count):
+        raise UserError(f"data_parallel_shard {cfg.data_parallel_shard} does not divide the {count} GPUs (--gpus)")
+    if (chunk := cfg.get("sequence_chunk")) is not None and chunk < cfg.dataset.max_seq_len:
+        raise UserError(f"sequence_chunk {chunk}: what is planned are whole rows; set sequence_chunk=null")
     if cfg.get("device", "cuda") != "cuda":
         raise UserError(f"device {cfg.device!r}: what is planned is a GPU's memory; add device=cuda")
     student = read_config(student_config or cfg.student, keep)
@@ -468,6 +483,15 @@ def plan(
         stage.traffic(),
         tokens,
     )
+
+
+def _command(config: str | Path, header: str) -> tuple[int, str]:
+    """Processes and recipe of the header's tune run line for this file, no recipe where it is not clear."""
+    lines = re.findall(r"tune run (?:--nproc_per_node (\d+) )?(\w+) --config (\S+)", header)
+    own = [line for line in lines if Path(line[2]).name == Path(config).name] or lines
+    if len({recipe for _, recipe, _ in own}) != 1:
+        return 1, ""
+    return int(own[0][0] or 1), own[0][1]
 
 
 def _load(config: str | Path, overrides: list[str]) -> tuple[DictConfig, str]:
