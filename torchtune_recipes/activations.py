@@ -27,6 +27,8 @@ from mamba_hybrid.config import HybridMambaConfig
 from mamba_hybrid.loss import distillation_loss
 from mamba_hybrid.model import Batch, HybridLayer, HybridMambaModel, LlamaRMSNorm
 
+from .models import relative_error
+
 META = torch.device("meta")
 _IS_CUDA = vars(torch._C.TensorBase)["is_cuda"].__get__
 
@@ -200,11 +202,11 @@ class Shapes:
         """A mixer beside the attention's output that it learns, with the loss (see `models.Aligner`)."""
         layer = self.module(lambda: HybridLayer(self.config, index), f"layers.{index}.")
         u_BLD, output_BLD, batch = self.hidden(), self.hidden(), self._shared()
+        counted_BL = torch.empty(self.B, self.L, dtype=torch.bool, device=META)
 
         def loss() -> Tensor:
             mine = layer.mixer(u_BLD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
-            error_BL, whole_BL = ((t.float() ** 2).sum(-1) for t in (mine - output_BLD, output_BLD))
-            return (error_BL.sum(1) / whole_BL.sum(1)).sum()
+            return relative_error(mine, output_BLD, counted_BL).sum()
 
         return _measure(loss, grad=True)
 

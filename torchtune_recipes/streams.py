@@ -15,6 +15,8 @@ from mamba_hybrid import HybridMambaForCausalLM
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.loss import IGNORED
 
+from .models import relative_error
+
 
 class Streams:
     """Watches both models' layers during a forward pass.
@@ -60,11 +62,7 @@ class Streams:
 
         @torch.no_grad()
         def compare(layer: int, h_BLD: Tensor) -> None:
-            target_BLD = theirs.pop(layer)
-            error_BL, whole_BL = (
-                (t.float() ** 2).sum(-1) * counted_BL for t in (h_BLD.detach() - target_BLD, target_BLD)
-            )  # fmt: skip
-            errors.append((error_BL.sum(1) / whole_BL.sum(1).clamp(min=1e-30) * weight_B).sum())
+            errors.append((relative_error(h_BLD.detach(), theirs.pop(layer), counted_BL) * weight_B).sum())
 
         # on the outermost module of a layer, which activation checkpointing does not run again
         hooks = [
