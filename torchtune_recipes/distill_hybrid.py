@@ -105,7 +105,7 @@ class DistillHybrid(HybridRecipe):
             )
         compute = bool(self.cfg.get("compile"))
         if self.cfg.get("fp8"):
-            compute_in_fp8(student)
+            compute_in_fp8(student, pad=any(self.cfg.batch_size * n % 16 for n in self._lengths(student.config.reach)))
         self.student, self.teacher = Student(student), Teacher(teacher)
         shard(
             self.student, mesh, self.dtype,
@@ -119,6 +119,14 @@ class DistillHybrid(HybridRecipe):
         if self.layers_every:
             self.streams = Streams(self.student.model, self.teacher.model)
             self.measured = (*type(self).measured, *self.streams.names)
+
+    def _lengths(self, reach: int) -> set[int]:
+        """Of the pieces of a row that a layer sees at once; before a chunk a mixer sees `reach` tokens again."""
+        length = self.data.length
+        if self.chunk is None or self.chunk >= length:
+            return {length}
+        chunks = {self.chunk, length % self.chunk or self.chunk}
+        return chunks | {n + reach for n in chunks}
 
     def setup(self, **more: Any) -> None:
         super().setup(**more)

@@ -160,13 +160,17 @@ class Aligner(Wrapped):
         return torch.stack([sums[i] for i in layers])
 
 
-def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
+def compute_in_fp8(model: HybridMambaForCausalLM, *, pad: bool = False) -> None:
     """Let the layers' projections multiply in fp8 (torchao, scaled by tensor as they come), with parameters as before.
 
     Left alone are step sizes and the mixers' cores, which set the decay, embeddings and head, and what has a side that
     is no multiple of 16, which the hardware cannot do.
+
+    Args:
+        model: the student.
+        pad: copy what is multiplied to whole multiples of 16 tokens, over which the weights' gradients sum.
     """
-    from torchao.float8 import convert_to_float8_training
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def chosen(module: nn.Module, name: str) -> bool:
         assert isinstance(module, nn.Linear)
@@ -174,7 +178,7 @@ def compute_in_fp8(model: HybridMambaForCausalLM) -> None:
         return name.split(".")[-1] != "dt_proj" and all(side % 16 == 0 for side in sides)
 
     for layer in model.model.layers:
-        convert_to_float8_training(layer, module_filter_fn=chosen)
+        convert_to_float8_training(layer, module_filter_fn=chosen, config=Float8LinearConfig(pad_inner_dim=pad))
 
 
 def compile_parts(model: HybridMambaForCausalLM) -> None:

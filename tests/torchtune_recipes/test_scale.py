@@ -83,6 +83,14 @@ def test_projections_are_what_computes_in_fp8(models):
     assert set(model.state_dict()) == before
 
 
+@pytest.mark.parametrize(("chunk", "lengths"), [(None, {48}), (48, {48}), (16, {16, 24}), (20, {20, 8, 28, 16})])
+def test_pieces_of_a_row(config, chunk, lengths):
+    recipe = DistillHybrid(config(sequence_chunk=chunk))
+    recipe.setup()
+    recipe.cleanup()
+    assert recipe._lengths(recipe.student.model.config.reach) == lengths
+
+
 def test_eight_bit_optimizer_states_are_saved_and_resumed(config, capsys, monkeypatch, tmp_path):
     """Without torch.compile, which does not build torchao's step for a CPU: the numbers are the same."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
