@@ -1,1 +1,1 @@
-"""torchtune recipes: `distill_hybrid` (KD-SFT), with its models, data, checkpoints and metrics."""
+"""torchtune recipes of all stages (alignment, selection, KD-SFT, DPO), their models, data and metrics, the planner."""
