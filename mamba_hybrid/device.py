@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 def check_device(device: str) -> None:
@@ -16,4 +16,4 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # a torch without CUDA asserts
-        raise UserError(f"--device {device} is not on this machine ({str(e).splitlines()[0]}); use --device cpu") from e
+        raise UserError(f"--device {device} is not on this machine ({first_line(e)}); use --device cpu") from e

@@ -40,7 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 RECORD = "pipeline.json"
 KINDS = {"recipe": ("name", "recipe", "config", "processes", "overrides"), "command": ("name", "command")}
@@ -124,7 +124,7 @@ def load(path: str | Path, changes: list[str] | None = None) -> Pipeline:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     except OmegaConfBaseException as e:
-        raise UserError(f"{path}: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{path}: {first_line(e)}") from e
     assert isinstance(plain, dict)
     out = Path(str(plain["output_dir"]))
     steps: list[Step] = []
@@ -199,7 +199,7 @@ def _recipe(name: str, node: Mapping[str, Any]) -> Step:
     try:
         out = cfg.get("output_dir")
     except OmegaConfBaseException as e:
-        raise UserError(f"step {name}: output_dir of {file}: {str(e).splitlines()[0]}") from e
+        raise UserError(f"step {name}: output_dir of {file}: {first_line(e)}") from e
     if not isinstance(out, str):
         raise UserError(f"step {name}: {file} has no output_dir")
     return Step(name, words, _digest([recipe, processes, OmegaConf.to_container(cfg)]), Path(out))

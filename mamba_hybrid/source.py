@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from .config import HybridMambaConfig
-from .errors import UserError
+from .errors import UserError, first_line
 
 FAMILIES = ("llama", "mistral", "qwen2")
 COMPANIONS = (  # what travels with the weights
@@ -140,7 +140,7 @@ def _open_directory(path: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as e:  # transformers raises many kinds here
-        raise UserError(f"{path}/config.json cannot be read: {_first_line(e)}") from e
+        raise UserError(f"{path}/config.json cannot be read: {first_line(e)}") from e
 
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -159,7 +159,7 @@ def _open_directory(path: Path) -> Source:
             handle = safe_open(path / file, framework="pt")
         except (SafetensorError, OSError) as e:
             raise UserError(
-                f"{path / file} is missing, truncated or damaged ({_first_line(e)}); download it again"
+                f"{path / file} is missing, truncated or damaged ({first_line(e)}); download it again"
             ) from e
         for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
             part = handle.get_slice(name)
@@ -183,7 +183,7 @@ def _open_gguf(path: Path) -> Source:
         reader = gguf.GGUFReader(str(path))
         architecture = reader.fields["general.architecture"].contents()
     except Exception as e:  # the reader has no error of its own for a cut-off file
-        raise UserError(f"{path} is a truncated or damaged GGUF file ({_first_line(e)}); download it again") from e
+        raise UserError(f"{path} is a truncated or damaged GGUF file ({first_line(e)}); download it again") from e
     if architecture not in FAMILIES:
         raise UserError(f"{path} is a {architecture!r} model; this converts {', '.join(FAMILIES)}")
     size, end = path.stat().st_size, max(t.data_offset + t.n_bytes for t in reader.tensors)
@@ -192,7 +192,7 @@ def _open_gguf(path: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:
-        raise UserError(f"{path}: its configuration cannot be read: {_first_line(e)}") from e
+        raise UserError(f"{path}: its configuration cannot be read: {first_line(e)}") from e
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
@@ -240,10 +240,6 @@ def _from_gguf(tensor: gguf.ReaderTensor, name: str, architecture: str, config: 
     return out
 
 
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
-
-
 def hybrid_config(config: PretrainedConfig, **mixer: object) -> HybridMambaConfig:
     """A hybrid's configuration with the shape of a Llama, Mistral or Qwen2 one; `mixer` sets the rest.
 
@@ -288,4 +284,4 @@ def hybrid_config(config: PretrainedConfig, **mixer: object) -> HybridMambaConfi
 def _cause(e: BaseException) -> str:
     while e.__cause__ is not None:
         e = e.__cause__
-    return _first_line(e)
+    return first_line(e)

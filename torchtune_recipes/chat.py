@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mamba_hybrid.errors import UserError
+from mamba_hybrid.errors import UserError, first_line
 
 
 def check_messages(where: str, messages: Any) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _apply_template(
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as e:  # Jinja's errors and whatever a template raises
-        raise UserError(f"{where} does not fit the chat template: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{where} does not fit the chat template: {first_line(e)}") from e
 
 
 def trained_tokens(offsets: list[tuple[int, int]], spans: list[range]) -> list[bool]:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mamba_hybrid.errors import UserError
+from mamba_hybrid.errors import UserError, first_line
 
 from .chat import check_messages, render, trained_tokens
 from .documents import Document, Documents, Mixture, SourceDocuments
@@ -32,7 +32,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             raise FileNotFoundError("no such directory")
         return AutoTokenizer.from_pretrained(path)
     except Exception as e:  # transformers has no common error
-        raise UserError(f"student {path} has no tokenizer that transformers can load: {str(e).splitlines()[0]}") from e
+        raise UserError(f"student {path} has no tokenizer that transformers can load: {first_line(e)}") from e
 
 
 def text_documents(

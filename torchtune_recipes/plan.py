@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from mamba_hybrid.config import ATTENTION, MIXER, HybridMambaConfig
 from mamba_hybrid.convert import attention_layers
-from mamba_hybrid.errors import UserError
+from mamba_hybrid.errors import UserError, first_line
 from mamba_hybrid.flops import alignment_flops, distillation_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import hybrid_config
@@ -57,7 +57,7 @@ def read_config(path: str | Path, keep: float | None = None) -> HybridMambaConfi
     try:
         config = AutoConfig.from_pretrained(file)
     except Exception as e:  # transformers raises many kinds here
-        raise UserError(f"{file} cannot be read: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{file} cannot be read: {first_line(e)}") from e
     if keep is not None and not isinstance(config, HybridMambaConfig):
         n = config.num_hidden_layers
         kept = attention_layers(n, keep)
@@ -511,7 +511,7 @@ def _load(config: str | Path, overrides: list[str]) -> tuple[DictConfig, str]:
     except OSError as e:
         raise UserError(f"{config} cannot be read: {e.strerror}") from e
     except (OmegaConfBaseException, AssertionError, ValueError) as e:
-        raise UserError(f"{config} is no recipe's configuration: {str(e).splitlines()[0]}") from e
+        raise UserError(f"{config} is no recipe's configuration: {first_line(e)}") from e
     return cfg, text.split("\n\n")[0]
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from mamba_hybrid.checkpoint import FP32, load_config, open_model, save_model
 from mamba_hybrid.compare import check_vocabularies
-from mamba_hybrid.errors import UserError
+from mamba_hybrid.errors import UserError, first_line
 from mamba_hybrid.flops import peak_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import Source
@@ -502,7 +502,7 @@ def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
     try:
         return target(*args, **kwargs, **more)
     except ImportError as e:  # a logger, say, whose package is no dependency
-        raise UserError(f"{key}: {name} needs a package that is not installed ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{key}: {name} needs a package that is not installed ({first_line(e)})") from e
 
 
 def check_keys(node: Mapping[str, Any] | DictConfig, known: tuple[str, ...], where: str = "") -> None:
@@ -526,7 +526,7 @@ def run(kind: type[HybridRecipe], cfg: DictConfig) -> int:
         done = recipe.step == recipe.steps
     except (UserError, OmegaConfBaseException) as e:
         rank = int(os.environ.get("RANK", 0))
-        print(f"error{f' (process {rank})' if rank else ''}: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"error{f' (process {rank})' if rank else ''}: {first_line(e)}", file=sys.stderr, flush=True)
         return 1
     finally:
         if recipe is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mamba_hybrid.errors import UserError
+from mamba_hybrid.errors import UserError, first_line
 from mamba_hybrid.text import jsonl_rows, read_file
 
 LOCAL = (".jsonl", ".json", ".parquet", ".txt")
@@ -97,7 +97,8 @@ class RowReader:
             rows = load_dataset(self.source, split=self.split, streaming=self.streaming)
         except Exception as e:  # the hub's client raises a dozen unrelated kinds
             raise UserError(
-                f"dataset.source {self.source} is no file, and the hub gives no split {self.split!r} of it: {_line(e)}"
+                f"dataset.source {self.source} is no file, and the hub gives no split {self.split!r} of it: "
+                f"{first_line(e)}"
             ) from e
         names = rows.column_names  # a stream may not know
         if names is not None:
@@ -111,15 +112,13 @@ class RowReader:
             try:
                 row = next(rows, None)
             except Exception as e:  # as above, now of the network
-                raise UserError(f"dataset.source {self.source}: row {number + 1} cannot be read: {_line(e)}") from e
+                raise UserError(
+                    f"dataset.source {self.source}: row {number + 1} cannot be read: {first_line(e)}"
+                ) from e
             if row is None:
                 return
             number += 1
             yield _value(f"{self.source}, row {number}", row, self.column)
-
-
-def _line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 def _value(where: str, row: Any, column: Column) -> Row:
