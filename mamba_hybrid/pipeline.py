@@ -191,7 +191,10 @@ def _recipe(name: str, node: Mapping[str, Any]) -> Step:
     cfg = _read(file)
     words = ["tune", "run", *([] if processes is None else ["--nproc_per_node", str(processes)])]
     words += [recipe, "--config", file]
-    for key, value in (node.get("overrides") or {}).items():
+    overrides = node.get("overrides") or {}
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"step {name}: overrides {overrides!r} must be keys with values")
+    for key, value in overrides.items():
         if not _has(cfg, key):
             raise UserError(f"step {name}: {file} has no key {key}, so it cannot be overridden; write it there")
         words.append(f"{key}={_text(name, key, value)}")

@@ -218,6 +218,7 @@ BAD = {
     "config": ({"steps": [DISTIL | {"config": "/nowhere.yaml"}]}, "/nowhere.yaml cannot be read"),
     "processes": ({"steps": [DISTIL | {"processes": 0}]}, "processes 0"),
     "override": ({"steps": [DISTIL | {"overrides": {"loss.kl_wait": 1}}]}, "has no key loss.kl_wait"),
+    "list": ({"steps": [DISTIL | {"overrides": ["batch_size=2"]}]}, "must be keys with values"),
     "equals": ({"steps": [DISTIL | {"overrides": {"teacher": "a=b"}}]}, "holds a '='"),
     "one directory": ({"steps": [DISTIL, DISTIL | {"name": "b"}]}, "have one output_dir"),
     "its own directory": ({"output_dir": ".demo/run/x", "steps": [DISTIL]}, "holds that of the pipeline"),
