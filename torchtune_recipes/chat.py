@@ -84,7 +84,9 @@ def _apply_template(
     where: str, messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, prompt: bool
 ) -> str:
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; text_dataset needs none")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; plain text (text_dataset) needs none"
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as e:  # Jinja's errors and whatever a template raises

@@ -21,7 +21,7 @@ from mamba_hybrid.loss import check_divergence
 from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .data import load_tokenizer
-from .models import PARTS, Student, Teacher, compute_in_fp8, shard
+from .models import Student, Teacher, compute_in_fp8, shard
 from .packing import Batch
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
 from .recipe import run as run_recipe
@@ -47,9 +47,6 @@ class DistillHybrid(HybridRecipe):
         super().__init__(cfg)
         loss = cfg.get("loss") or {}
         check_keys(loss, LOSS, "loss.")
-        odd = sorted(set(self.frozen()) - set(PARTS))
-        if odd:
-            raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self.chunk = cfg.get("sequence_chunk")
         if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
             raise UserError(f"sequence_chunk {self.chunk!r} must be a whole number above 0, or null for whole rows")
@@ -93,9 +90,6 @@ class DistillHybrid(HybridRecipe):
     def _every(self) -> Any:
         """Of how many layers one is computed again in the backward pass, where that is enabled."""
         return self.cfg.get("activation_checkpoint_every", 1)
-
-    def frozen(self) -> list[str]:
-        return list(self.cfg.get("freeze") or [])
 
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         reach = max((m.config.reach for m in (student, teacher) if m.config.mixer_layers), default=1)

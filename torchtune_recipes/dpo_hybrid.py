@@ -18,7 +18,7 @@ from mamba_hybrid.errors import UserError
 from mamba_hybrid.logprob import sequence_log_probs
 from mamba_hybrid.model import HybridMambaForCausalLM
 
-from .models import PARTS, Wrapped, shard
+from .models import Wrapped, shard
 from .preference import PairBatch, PairRows
 from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, component
 from .recipe import run as run_recipe
@@ -80,9 +80,6 @@ class DpoHybrid(HybridRecipe):
         reference = cfg.get("reference", "teacher")
         if reference not in REFERENCES:
             raise UserError(f"reference {reference!r} is none of {', '.join(REFERENCES)}")
-        odd = sorted(set(self.frozen()) - set(PARTS))
-        if odd:
-            raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self.sft_weight = cfg.get("sft_weight") or 0.0
         if not isinstance(self.sft_weight, (int, float)) or not 0 <= self.sft_weight < math.inf:
             raise UserError(f"sft_weight {self.sft_weight!r} must be a number of at least 0")
@@ -101,9 +98,6 @@ class DpoHybrid(HybridRecipe):
             self.teacher_path = cfg.student if reference == "student" else cfg.get("teacher")
             if self.teacher_path is None:
                 raise UserError("the config lacks teacher, the reference; reference=student needs none")
-
-    def frozen(self) -> list[str]:
-        return list(self.cfg.get("freeze") or [])
 
     def build(self, student: HybridMambaForCausalLM, teacher: HybridMambaForCausalLM, mesh: DeviceMesh) -> None:
         assert isinstance(self.data, PairRows)

@@ -112,6 +112,8 @@ class HybridRecipe(FTRecipeInterface):
         if cfg.get("max_steps") is None and cfg.get("epochs") is None:
             raise UserError("the config needs max_steps or epochs")
         self.cfg = cfg
+        if odd := sorted(set(self.frozen()) - set(PARTS)):
+            raise UserError(f"freeze names {odd}; there are {', '.join(PARTS)}")
         self.teacher_path = cfg.get("teacher")
         self.accumulate = cfg.get("gradient_accumulation_steps") or 1
         self.dtype = DTYPES[cfg.dtype]
@@ -170,8 +172,8 @@ class HybridRecipe(FTRecipeInterface):
             fill(self.teacher, teacher, self.device, offload=self.offload)
 
     def frozen(self) -> list[str]:
-        """Parts of the student (keys of `PARTS`) that are not trained."""
-        raise NotImplementedError
+        """Parts of the student (keys of `PARTS`) that are not trained: those that the configuration names."""
+        return list(self.cfg.get("freeze") or [])
 
     def flops(self) -> float | None:
         """Model FLOPs of one token of a step (see `mamba_hybrid.flops`), None where nobody has worked them out."""
