@@ -310,7 +310,7 @@ class HybridRecipe(FTRecipeInterface):
             "data": self.data.digest(),
             "steps": self.steps,
             # torchao's states are in blocks of what one process holds, and cannot be cut anew
-            "processes": self.world if self.blockwise else None,
+            "data_parallel_shard (all processes where it is not set)": self.sharded if self.blockwise else None,
         } | {key: cfg.get(key) for key in self.fixed}
 
     def load_checkpoint(self, **_: Any) -> None:

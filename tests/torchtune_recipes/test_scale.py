@@ -111,11 +111,14 @@ def test_eight_bit_optimizer_states_are_saved_and_resumed(config, capsys, monkey
     states = [s["exp_avg"].to_local() for s in recipe.optimizer.state.values()]
     recipe.cleanup()
     assert any(isinstance(state, OptimState8bit) for state in states)
-    # of another number of processes
+    # of another number of processes to a model
     file = whole / "step_4" / "recipe_state.json"
-    file.write_text(file.read_text().replace('"processes": 1', '"processes": 2'))
+    file.write_text(file.read_text().replace('not set)": 1', 'not set)": 2'))
     assert run(eight(output_dir=str(whole))) == 1
-    assert "was written with processes 2, this run has 1" in capsys.readouterr().err
+    assert (
+        "was written with data_parallel_shard (all processes where it is not set) 2, this run has 1"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
