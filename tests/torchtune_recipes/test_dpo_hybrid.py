@@ -15,7 +15,7 @@ from mamba_hybrid.errors import UserError
 from tests.tiny import save_transformer, tokenizer
 from torchtune_recipes.data import load_tokenizer
 from torchtune_recipes.dpo_hybrid import DpoHybrid, Scorer, preference_loss, run
-from torchtune_recipes.models import PARTS
+from torchtune_recipes.models import PARTS, shard
 from torchtune_recipes.preference import preference_dataset
 
 from .conftest import ROOT, metrics, start
@@ -285,6 +285,19 @@ def test_recomputed_activations_an_offloaded_teacher_and_a_larger_batch_change_n
             recipe.cleanup()
     assert torch.equal(got[1], got[0])
     torch.testing.assert_close(got[2], got[0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_reference_goes_to_host_memory(config, monkeypatch):
+    """On a CPU both lie in one memory, so what FSDP is told is looked at."""
+    told = []
+
+    def spy(module, *args, **more):
+        told.append(more.get("offload", False))
+        shard(module, *args, **more)
+
+    monkeypatch.setattr("torchtune_recipes.dpo_hybrid.shard", spy)
+    ready(config(offload_teacher=True)).cleanup()
+    assert told == [False, True]
 
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(config, capsys):
