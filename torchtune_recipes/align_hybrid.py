@@ -14,15 +14,24 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Aligner, Teacher, compile_parts, shard
 from .packing import Batch
-from .recipe import HybridRecipe
+from .recipe import FIXED, OPTIONAL, HybridRecipe
 from .recipe import run as run_recipe
 
 
 class AlignHybrid(HybridRecipe):
     """The cheap stage before distillation: no logits, no backward pass through what is not trained, all layers in one
-    forward pass of the teacher, and no error that one layer hands to the next."""
+    forward pass of the teacher, and no error that one layer hands to the next. A second run with `inputs: student`
+    teaches each mixer on what it will read: the errors of the layers before are in that."""
 
     doing = "aligning"
+    optional = (*OPTIONAL, "inputs")
+    fixed = (*FIXED, "inputs")
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        self.inputs = cfg.get("inputs") or "teacher"
+        if self.inputs not in ("teacher", "student"):
+            raise UserError(f"inputs {self.inputs!r} is none of teacher, student")
 
     def frozen(self) -> list[str]:
         return [part for part in PARTS if part != "mixers"]
@@ -48,14 +57,16 @@ class AlignHybrid(HybridRecipe):
             compile_parts(teacher)
         self.student, self.teacher = Aligner(student, compute=compute), Teacher(teacher)
         shard(self.student, mesh, self.dtype, masters=True, compute_layers=compute, mixers_alone=True)
-        shard(self.teacher, mesh, self.dtype, offload=self.offload)
+        shard(self.teacher, mesh, self.dtype, attention_alone=self.inputs == "student", offload=self.offload)
 
-    def flops(self) -> float:
+    def flops(self) -> float | None:
+        if self.inputs == "student":
+            return None
         return alignment_flops(self.student.model.config, self.teacher.model.config, self.data.length)
 
     def learn(self, batch: Batch, counted: int) -> Tensor:
         assert isinstance(self.student, Aligner) and isinstance(self.teacher, Teacher)
-        sums_I = self.student.align(self.teacher, *batch, counted)
+        sums_I = self.student.align(self.teacher, *batch, counted, on_student=self.inputs == "student")
         return torch.cat([sums_I.mean()[None], sums_I])
 
 

@@ -6,6 +6,8 @@ Shapes: B rows, L tokens, M = B L, D model width, V vocabulary, I aligned layers
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from torchtune.training import set_activation_checkpointing
 
 from mamba_hybrid import HybridMambaForCausalLM
@@ -101,10 +104,10 @@ def relative_error(mine_BLD: Tensor, output_BLD: Tensor, counted_BL: Tensor) -> 
 
 
 class Aligner(Wrapped):
-    """A student of which only the mixers run, each alone on what the teacher's attention in its place reads.
+    """A student whose mixers learn alone, each from the teacher's attention in its place.
 
-    Nothing is learnt through other layers, so nothing of them is kept for a backward pass: a mixer's gradients are
-    taken while the teacher is at its layer.
+    Nothing is learnt through other layers, so nothing of them is kept for a backward pass. On the teacher's inputs a
+    mixer's gradients are taken while the teacher is at its layer; on the student's they are taken afterwards.
 
     Args:
         model: the student.
@@ -116,7 +119,20 @@ class Aligner(Wrapped):
         self.model = model.train()
         self.error = torch.compile(relative_error) if compute else relative_error
 
-    def align(self, teacher: Teacher, tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor, counted: int) -> Tensor:
+    def forward(self, tokens_BL: Tensor, doc_BL: Tensor) -> None:
+        """The student's forward pass, for who watches it."""
+        self.model.model(tokens_BL, document_ids=doc_BL)
+
+    def align(
+        self,
+        teacher: Teacher,
+        tokens_BL: Tensor,
+        doc_BL: Tensor,
+        labels_BL: Tensor,
+        counted: int,
+        *,
+        on_student: bool = False,
+    ) -> Tensor:
         """Accumulate the mixers' gradients on a batch.
 
         A layer's loss is the squared error of the mixer's output, as it is added to the residual stream, relative to
@@ -127,6 +143,8 @@ class Aligner(Wrapped):
             teacher: with attention where this has mixers.
             tokens_BL, doc_BL, labels_BL: see `packing.Batch`.
             counted: labels of all processes' step; a row weighs as much as it has labels.
+            on_student: mixer and attention both read what the mixer reads in the student as it is, instead of what the
+                attention reads in the teacher.
 
         Returns:
             (I,) fp32, each layer's loss summed over the batch's labels.
@@ -145,19 +163,48 @@ class Aligner(Wrapped):
                 (loss / (counted * len(layers))).backward()
             sums[layer] = loss.detach()
 
-        hooks = [
-            teacher.model.get_submodule(f"model.layers.{i}.self_attn").register_forward_hook(
-                lambda _, inputs, output, layer=i: learn(layer, inputs, output)
-            )
-            for i in layers
-        ]
-        try:
-            with torch.no_grad():
+        attention = {i: teacher.model.get_submodule(f"model.layers.{i}.self_attn") for i in layers}
+        with torch.no_grad():
+            if on_student:
+                for layer, inputs in self._inputs(tokens_BL, doc_BL).items():
+                    learn(layer, inputs, attention[layer](*inputs))
+                return torch.stack([sums[i] for i in layers])
+            hooks = [
+                module.register_forward_hook(lambda _, inputs, output, layer=i: learn(layer, inputs, output))
+                for i, module in attention.items()
+            ]
+            with removed(hooks):
                 teacher(tokens_BL, doc_BL)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return torch.stack([sums[i] for i in layers])
+
+    def _inputs(self, tokens_BL: Tensor, doc_BL: Tensor) -> dict[int, tuple[Tensor, Any]]:
+        """What each mixer layer's mixer reads in the student: its normed input and the batch."""
+        read: dict[int, tuple[Tensor, Any]] = {}
+        hooks = []
+        for i in self.model.config.mixer_layers:
+            # a compiled mixer would pass over hooks of its own
+            layer = self.model.get_submodule(f"model.layers.{i}")
+            found: dict[str, Tensor] = {}
+            norm = self.model.get_submodule(f"model.layers.{i}.input_layernorm")
+            hooks.append(norm.register_forward_hook(lambda _, inputs, u, found=found: found.update(u=u)))
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda _, inputs, output, i=i, found=found: read.update({i: (found["u"], inputs[1])})
+                )
+            )
+        with removed(hooks):
+            self(tokens_BL, doc_BL)
+        return read
+
+
+@contextmanager
+def removed(hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are gone after the block."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compute_in_fp8(model: HybridMambaForCausalLM, *, pad: bool = False) -> None:
@@ -225,6 +272,7 @@ def shard(
     compute_layers: bool = False,
     checkpoint_activations: int = 0,
     mixers_alone: bool = False,
+    attention_alone: bool = False,
     offload: bool = False,
 ) -> None:
     """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
@@ -236,7 +284,7 @@ def shard(
         masters: keep fp32 parameters.
         compute_layers: torch.compile each layer.
         checkpoint_activations: of every so many layers keep only the input for the backward pass, 0 for none.
-        mixers_alone: mixers run without the layers around them.
+        mixers_alone, attention_alone: mixers or attention run without the layers around them.
         offload: keep the parameters in host memory, and bring each layer's to the device when it runs.
     """
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
@@ -256,6 +304,8 @@ def shard(
             fully_shard(core, mesh=mesh, mp_policy=exact, offload_policy=place)
         if mixers_alone and layer.is_mixer:
             fully_shard(layer.mixer, mesh=mesh, mp_policy=policy, offload_policy=place)
+        if attention_alone and not layer.is_mixer:
+            fully_shard(layer.self_attn, mesh=mesh, mp_policy=policy, offload_policy=place)
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
     fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     if isinstance(module, Student):

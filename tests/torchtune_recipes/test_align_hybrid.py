@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 from mamba_hybrid.checkpoint import load_model
 from mamba_hybrid.compare import compare
 from mamba_hybrid.draft import cut
+from mamba_hybrid.model import Batch
 from torchtune_recipes.align_hybrid import AlignHybrid, run
 
 from .conftest import branch, metrics, start
@@ -74,6 +75,35 @@ def test_the_loss_is_the_relative_error_of_each_mixer_on_the_teachers_input(alig
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
+def test_on_the_students_inputs_the_target_is_the_attention_on_them(aligned, models, tmp_path):
+    recipe = AlignHybrid(aligned())
+    recipe.setup()
+    tokens, docs, labels = recipe.data.batch(recipe.order.step_rows(0).ravel())
+    recipe.cleanup()
+    student, teacher = (load_model(models / name) for name in ("hybrid", "teacher"))
+    counted, expected = labels != -100, {}
+
+    def look(i, inputs, output):
+        (u, cos, sin, doc_BL, *_), mask = inputs, student.model._mask(tokens.shape[1], 0, None, docs, "cpu")
+        attention = teacher.model.layers[i].self_attn(u, Batch(cos, sin, mask, doc_BL))
+        rows = [
+            ((m - a)[c] ** 2).sum() / (a[c] ** 2).sum() * c.sum()
+            for m, a, c in zip(output, attention, counted, strict=True)
+        ]
+        expected[f"loss_layer_{i}"] = float(sum(rows) / counted.sum())
+
+    for i in student.config.mixer_layers:
+        student.model.layers[i].mixer.register_forward_hook(lambda _, inputs, output, i=i: look(i, inputs, output))
+    with torch.no_grad():
+        student.model(tokens, document_ids=docs)
+    one = aligned(**SETTINGS, max_steps=60, inputs="student")
+    one.dataset.max_seq_len = 48
+    assert run(one) == 0
+    rows = metrics(tmp_path / "run")
+    assert {key: rows[0][key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert all(rows[-1][key] < 0.9 * rows[0][key] for key in expected)
+
+
 def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on(aligned, overrides, tmp_path):
     assert run(aligned(output_dir=str(tmp_path / "one"))) == 0
     words = overrides(output_dir=str(tmp_path / "two"), batch_size=2, checkpoint_every_n_steps=4, keep_last_n=0)
@@ -111,6 +141,7 @@ def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on(aligned, ove
     [
         ({"rest_lr": 1e-4}, "unknown config key rest_lr"),
         ({"mixer_lr": -1}, "mixer_lr -1"),
+        ({"inputs": "both"}, "inputs 'both' is none of teacher, student"),
         ({"teacher": "hybrid"}, "it has mixers too"),
         ({"student": "cut"}, "num_hidden_layers"),
     ],
