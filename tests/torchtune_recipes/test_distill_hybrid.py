@@ -115,28 +115,6 @@ def test_one_process_and_two_have_the_same_losses(overrides, config, tmp_path):
         assert row["loss"] == pytest.approx(other["loss"], rel=0, abs=1e-5)
 
 
-def test_killed_in_the_middle_of_a_checkpoint_goes_on_bit_for_bit(overrides, config, tmp_path):
-    settings = dict(max_steps=30, checkpoint_every_n_steps=5, keep_last_n=2)
-    assert run(config(output_dir=str(tmp_path / "whole"), **settings)) == 0
-    out = tmp_path / "killed"
-    process = start(overrides(output_dir=str(out), **settings))
-    deadline = time.monotonic() + 200
-    while not (out / ".step_10").exists() and not (out / "step_10").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.0005)
-    process.kill()
-    process.communicate()
-    assert not (out / "hybrid").exists()
-    steps = sorted(p.name for p in out.glob("step_*"))
-    assert steps and steps[0] in ("step_5", "step_10")
-    assert run(config(output_dir=str(out), **settings)) == 0
-    assert same(metrics(out)) == same(metrics(tmp_path / "whole"))
-    ours, theirs = (load_file(p / "hybrid" / "model.safetensors") for p in (out, tmp_path / "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # no half checkpoints, and no more than were asked for
-    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step_25", "step_30"]
-
-
 def test_terminated_process_stops_with_a_checkpoint_and_goes_on(overrides, config, tmp_path):
     settings = dict(max_steps=400, log_every=7)
     out = tmp_path / "stopped"

@@ -168,7 +168,7 @@ def test_several_columns_of_every_source(tmp_path, monkeypatch):
 
     rows = [{"a": str(i), "b": [i], "c": None} for i in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows))
     for source in (write(tmp_path / "t.jsonl", rows), str(tmp_path / "t.parquet"), "some/name"):
         got = [value for _, value in read_rows(source, {"x": "b", "y": "a"})]
         assert got == [{"x": [i], "y": str(i)} for i in range(3)]
