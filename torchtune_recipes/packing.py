@@ -18,6 +18,11 @@ from mamba_hybrid.loss import IGNORED
 from .rows import Rows
 
 
+def on_device(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the copy to a GPU does not wait."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
 class Batch(NamedTuple):
     """Rows as the models and the loss take them, all int64 (B, L).
 
@@ -33,9 +38,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """On a device; the copy to a GPU does not wait."""
-        if device.type == "cuda":
-            return Batch(*(t.pin_memory().to(device, non_blocking=True) for t in self))
-        return Batch(*(t.to(device) for t in self))
+        return Batch(*(on_device(t, device) for t in self))
 
     def chunks(self, tokens: int) -> Iterator[Batch]:
         """Its columns, at most so many at a time."""

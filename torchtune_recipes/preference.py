@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mamba_hybrid.errors import UserError
 
 from .chat import check_messages, render_answer, trained_tokens
+from .packing import on_device
 from .rows import Rows
 from .source import read_rows
 
@@ -44,9 +45,7 @@ class PairBatch(NamedTuple):
 
     def to(self, device: torch.device) -> PairBatch:
         """On a device; the copy to a GPU does not wait."""
-        if device.type == "cuda":
-            return PairBatch(*(t.pin_memory().to(device, non_blocking=True) for t in self))
-        return PairBatch(*(t.to(device) for t in self))
+        return PairBatch(*(on_device(t, device) for t in self))
 
 
 @dataclass

@@ -108,3 +108,14 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def stop_after(recipe, steps: int) -> None:
+    """Train a recipe that is set up for so many steps, save, and end it there."""
+    try:
+        for _ in range(steps):
+            recipe._unread.append(recipe.train_step())
+            recipe.step += 1
+        recipe.save_checkpoint()
+    finally:
+        recipe.cleanup()

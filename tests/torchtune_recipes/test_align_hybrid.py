@@ -8,7 +8,7 @@ from mamba_hybrid.draft import cut
 from mamba_hybrid.model import Batch
 from torchtune_recipes.align_hybrid import AlignHybrid, run
 
-from .conftest import branch, metrics, start
+from .conftest import branch, metrics, start, stop_after
 
 SETTINGS = {"mixer_lr": 3e-3, "dataset.max_seq_len": 128}
 LEFT_OUT = ("rest_lr", "loss", "freeze", "enable_activation_checkpointing")  # that alignment does not have
@@ -124,13 +124,7 @@ def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on(aligned, ove
     out = str(tmp_path / "parts")
     recipe = AlignHybrid(aligned(output_dir=out))
     recipe.setup()
-    try:
-        for _ in range(4):
-            recipe._unread.append(recipe.train_step())
-            recipe.step += 1
-        recipe.save_checkpoint()
-    finally:
-        recipe.cleanup()
+    stop_after(recipe, 4)
     assert run(aligned(output_dir=out)) == 0
     parts, whole = (load_file(tmp_path / name / "hybrid" / "model.safetensors") for name in ("parts", "one"))
     assert all(torch.equal(parts[name], weight) for name, weight in whole.items())

@@ -18,7 +18,7 @@ from torchtune_recipes.dpo_hybrid import DpoHybrid, Scorer, preference_loss, run
 from torchtune_recipes.models import PARTS, shard
 from torchtune_recipes.preference import preference_dataset
 
-from .conftest import ROOT, metrics, start
+from .conftest import ROOT, metrics, start, stop_after
 
 CONFIG = ROOT / "configs" / "smollm2_135m_dpo.yaml"
 DPO, IPO, SIMPO = (
@@ -259,13 +259,7 @@ def test_one_process_and_two_have_the_same_losses_and_a_run_goes_on_bit_for_bit(
     # stopped after four of the ten steps
     out = tmp_path / "parts"
     recipe = ready(config(output_dir=str(out), **settings))
-    try:
-        for _ in range(4):
-            recipe._unread.append(recipe.train_step())
-            recipe.step += 1
-        recipe.save_checkpoint()
-    finally:
-        recipe.cleanup()
+    stop_after(recipe, 4)
     assert run(config(output_dir=str(out), **settings)) == 0
     assert [[row[key] for key in SAME] for row in metrics(out)] == [[row[key] for key in SAME] for row in a]
     parts, whole = (load_file(tmp_path / name / "hybrid" / "model.safetensors") for name in ("parts", "one"))

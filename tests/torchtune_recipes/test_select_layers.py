@@ -10,7 +10,7 @@ from mamba_hybrid.checkpoint import load_model
 from mamba_hybrid.convert import Conversion, convert
 from torchtune_recipes.select_layers import SelectLayers, run
 
-from .conftest import metrics, start
+from .conftest import metrics, start, stop_after
 
 BROKEN = [1, 2]  # of four layers
 LEFT_OUT = ("mixer_lr", "rest_lr", "loss", "freeze")  # that a selection does not have
@@ -156,13 +156,7 @@ def test_one_process_and_two_choose_alike_and_a_run_goes_on(selection, overrides
     # stopped after four of the ten steps
     out = str(tmp_path / "parts")
     recipe = ready(selection(output_dir=out))
-    try:
-        for _ in range(4):
-            recipe._unread.append(recipe.train_step())
-            recipe.step += 1
-        recipe.save_checkpoint()
-    finally:
-        recipe.cleanup()
+    stop_after(recipe, 4)
     assert sum(os.path.getsize(p) for p in (tmp_path / "parts" / "step_4").iterdir()) < 60_000  # the gates alone
     assert run(selection(output_dir=out)) == 0
     parts = result(tmp_path / "parts")
