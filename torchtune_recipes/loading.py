@@ -34,14 +34,15 @@ def fill(module: Wrapped, source: Tensors, device: torch.device, *, offload: boo
     Raises:
         UserError: a tensor cannot be read.
     """
-    module.to_empty(device="cpu" if offload else device)  # which keeps tied parameters tied
+    module.to_empty(device="cpu" if offload else device)
+    module.model.tie_weights()  # FSDP's parameters are tied still, others no more
     make_buffers(module.model)
     module.model.model.rotary_emb.to(device)
     for name, p in module.model.named_parameters():
-        assert isinstance(p, DTensor)
-        mine = p.to_local().detach()
+        mine, start = p.detach(), 0
+        if isinstance(p, DTensor):
+            mine, start = p.to_local().detach(), _first_row(p)
         if len(mine):
-            start = _first_row(p)
             mine.copy_(source.tensor(plain_name(name), slice(start, start + len(mine))))
 
 

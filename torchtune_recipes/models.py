@@ -277,6 +277,9 @@ def shard(
 ) -> None:
     """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
 
+    One process has nothing to shard, and goes through FSDP for its mixed precision: fp32 masters, computed with in
+    another dtype, their gradients summed in fp32. A model without masters needs none of it there.
+
     Args:
         module: on the meta device, in any dtype; `loading.fill` gives it its numbers afterwards.
         mesh: of the processes to shard over; of two dimensions (replicas, processes to shard over) for HSDP.
@@ -295,11 +298,16 @@ def shard(
         chosen = {layer for layer in layers if layer.layer % checkpoint_activations == 0}
         policy_of = functools.partial(lambda_auto_wrap_policy, lambda_fn=chosen.__contains__)
         set_activation_checkpointing(module, auto_wrap_policy=policy_of)
+    for layer in layers if compute_layers else ():
+        (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
     if masters:
         module.float()
+    elif mesh.size() == 1 and not offload:
+        module.to(dtype)
+        for core in (m for m in module.modules() if isinstance(m, MixerCore)):
+            core.float()
+        return
     for layer in layers:
-        if compute_layers:
-            (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
             fully_shard(core, mesh=mesh, mp_policy=exact, offload_policy=place)
         if mixers_alone and layer.is_mixer:
@@ -311,7 +319,7 @@ def shard(
     if isinstance(module, Student):
         register_fsdp_forward_method(module, "next_tokens")
     for unit in module.modules():
-        if isinstance(unit, FSDPModule):
+        if isinstance(unit, FSDPModule) and mesh.size() > 1:  # one process would pay for a division by 1
             # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
@@ -29,7 +30,10 @@ def shards(path, rank, world, dtype, masters):
         head, embeddings = module.model.lm_head.weight, module.model.model.embed_tokens.weight
         assert (head is embeddings) == model.config.tie_word_embeddings
         buffers = dict(module.model.named_buffers())
-        return {name: p.to_local().detach() for name, p in module.model.named_parameters()}, buffers
+        # nothing shards a frozen model for one process
+        assert isinstance(head, DTensor) == (masters or world > 1)
+        held = {name: p.detach() for name, p in module.model.named_parameters()}
+        return {name: p.to_local() if isinstance(p, DTensor) else p for name, p in held.items()}, buffers
     finally:
         dist.destroy_process_group()
 
