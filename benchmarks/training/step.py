@@ -18,6 +18,8 @@ All train every parameter but `align`, on the same random packed rows, with the 
 median of the steps after the first five. MFU counts what the formulas need (`mamba_hybrid/flops.py`), not what is
 computed twice. A speed is printed only if the KL of the first step is that of the first system. (ForwardKLLoss leaves
 the teacher's entropy out; the plain loop's KL is worked out beside it, before the clock runs.)
+
+`--profile` prints, of the recipes, where the GPU's time of two more steps goes, by kernel, and how long it waited.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -39,6 +42,7 @@ from omegaconf import OmegaConf
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 WARM = 5
+ACTIVE, SHOWN = 2, 60  # steps and kernels of a profile
 AGREE, SYNC = 0.05, 5  # relative, of the first KL, in bf16; steps between two looks at the metrics
 COLUMNS = ("system", "tokens_per_s", "mfu", "peak_memory_gib", "first_loss", "gpu")
 
@@ -84,10 +88,42 @@ def recipe(folder: Path, args: argparse.Namespace, system: str) -> dict:
     run = (AlignHybrid if system == "align" else DistillHybrid)(cfg)
     run.save_checkpoint = run.export = lambda **_: None
     run.setup()
+    if args.profile:
+        profiled(run, system, args.steps)
     run.train()
     run.cleanup()
     rows = [json.loads(line) for line in (folder / system / "metrics.jsonl").read_text().splitlines()]
     return result(args, system, [row["tokens_per_s"] for row in rows], rows[0]["loss"])
+
+
+def profiled(run, system: str, steps: int) -> None:
+    """Let a recipe's last steps be watched, and print their kernels when they are done."""
+    from torch.profiler import profile, schedule
+
+    def show(p: profile) -> None:
+        on_gpu = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [e for e in on_gpu if not e.is_user_annotation]
+        if not kernels:
+            print("nothing ran on a GPU", file=sys.stderr)
+            return
+        spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+        busy, until = 0.0, spans[0][0]
+        for start, end in spans:
+            busy += max(0.0, end - max(start, until))
+            until = max(until, end)
+        whole, times, counts = until - spans[0][0], defaultdict(float), defaultdict(int)
+        for e in kernels:
+            times[e.name] += e.time_range.elapsed_us()
+            counts[e.name] += 1
+        print(f"{system}: {whole / ACTIVE / 1e3:.1f} ms a step, {1 - busy / whole:.1%} of them idle", file=sys.stderr)
+        for name in sorted(times, key=times.__getitem__, reverse=True)[:SHOWN]:
+            per_step = times[name] / ACTIVE / 1e3
+            print(f"{per_step:8.2f} ms {counts[name] // ACTIVE:5} x  {name[:150]}", file=sys.stderr)
+
+    watching = schedule(wait=steps - ACTIVE - 2, warmup=1, active=ACTIVE)
+    watch = profile(schedule=watching, on_trace_ready=show)
+    watch.start()
+    run.after_step = watch.step
 
 
 def plain(folder: Path, args: argparse.Namespace, system: str) -> dict:
@@ -181,6 +217,7 @@ def main() -> int:
     p.add_argument("--length", type=int, default=2048, help="tokens of a row (2048)")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at a time (2048)")
+    p.add_argument("--profile", action="store_true", help="print the kernels of the recipes' last steps")
     p.add_argument("--out", metavar="FILE.csv")
     p.add_argument("--measure", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     args = p.parse_args()
