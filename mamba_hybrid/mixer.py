@@ -22,6 +22,7 @@ from mamba_hybrid_kernels import (
     SlotTensors,
     StepRows,
     head_norm,
+    open_gate,
     packed_attention,
     readout,
     replay,
@@ -35,6 +36,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .config import HybridMambaConfig
+from .matrices import MixingFactors, matrix_error
 
 STEP_BIAS = 0.541324854612918  # softplus(STEP_BIAS) = 1
 
@@ -181,6 +183,25 @@ class MixerCore(nn.Module):
             z = None if z is None else z[:, self.config.reach :]
         return self.readout(near, far, z).to(q.dtype), last_BSPN
 
+    def matrix_error(self, q, k, v, dt, z, cos, sin, doc_BL, attention, counted_BL) -> Tensor:
+        """How far the mixer's matrices are from an attention's; the values learn nothing. Without a convolution.
+
+        Args:
+            q, k, v, dt, z, cos, sin, doc_BL: as `forward`.
+            attention, counted_BL: see `matrices.matrix_error`.
+
+        Returns:
+            (B,) fp32.
+        """
+        c = self.config
+        x, b, queries = self.inputs(q, k, v.detach(), cos, sin, doc_BL)
+        gate_BLHP = None if z is None else open_gate(z, c.gate).unflatten(-1, (-1, c.head_dim))
+        factors = MixingFactors(
+            x, b, queries, self.step_size(dt), self.A_S, self.D, gate_BLHP, self.near_weight if c.window else None,
+            self.far_weight, c.window, c.norm == "after_gate", c.rms_norm_eps,
+        )  # fmt: skip
+        return matrix_error(factors, attention, doc_BL, counted_BL)
+
     def step(
         self,
         q: Tensor,
@@ -303,6 +324,10 @@ class HybridMixer(nn.Module):
             u[:, kept].detach(), cos[:, kept], sin[:, kept], doc[:, kept], state=last.detach(), last=doc_BL[:, -1]
         )
         return self.o_proj(y.to(u.dtype)), after
+
+    def matrix_error(self, u_BLD: Tensor, cos: Tensor, sin: Tensor, doc_BL: Tensor | None, *where) -> Tensor:
+        """See `MixerCore.matrix_error`; `where` is attention and counted_BL."""
+        return self.core.matrix_error(*self.project(u_BLD), cos, sin, doc_BL, *where)
 
     def step(self, u_MD: Tensor, cos: Tensor, sin: Tensor, *where) -> Tensor:
         """A ragged step, (M, D) -> (M, D); `where` is slots, layout and rows."""

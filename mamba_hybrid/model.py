@@ -66,10 +66,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, G * P, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * P, D, bias=config.o_bias)
 
+    def _rotated(self, u_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        q, k = (proj(u_BTD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj))
+        return apply_rotary_pos_emb(q, k, batch.cos.to(q.dtype), batch.sin.to(q.dtype), unsqueeze_dim=2)
+
+    def queries_and_keys(self, u_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the softmax is made of: queries (B, T, H, P) and keys (B, T, G, P), rotated. Not for use by `forward`:
+        FSDP may take it for a forward of its own."""
+        return self._rotated(u_BTD, batch)
+
     def heads(self, u_BTD: Tensor, batch: Batch) -> Tensor:
         """The heads' outputs side by side (B, T, H P), before o_proj."""
-        q, k, v = (proj(u_BTD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, batch.cos.to(q.dtype), batch.sin.to(q.dtype), unsqueeze_dim=2)
+        q, k = self._rotated(u_BTD, batch)
+        v = self.v_proj(u_BTD).unflatten(-1, (-1, self.head_dim))
         if batch.first_D1 is not None:
             return packed_attention(q, k, v, batch.first_D1).flatten(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -29,8 +29,8 @@ from torchtune.training import set_activation_checkpointing
 from mamba_hybrid import HybridMambaForCausalLM
 from mamba_hybrid.carry import Carry
 from mamba_hybrid.loss import IGNORED, Distillation, distillation_loss
-from mamba_hybrid.mixer import MixerCore
-from mamba_hybrid.model import HybridLayer
+from mamba_hybrid.mixer import HybridMixer, MixerCore
+from mamba_hybrid.model import Attention, HybridLayer
 
 # what `freeze` may name, and the parameters it means
 PARTS = {
@@ -111,12 +111,18 @@ class Aligner(Wrapped):
 
     Args:
         model: the student.
-        compute: torch.compile the loss.
+        matrices: learn the attention's matrix (see `mamba_hybrid.matrices`) and not its output. The mixers' v_proj and
+            o_proj, which are no part of it, are frozen.
+        compute: torch.compile the outputs' loss.
     """
 
-    def __init__(self, model: HybridMambaForCausalLM, *, compute: bool = False) -> None:
+    def __init__(self, model: HybridMambaForCausalLM, *, matrices: bool = False, compute: bool = False) -> None:
         super().__init__()
-        self.model = model.train()
+        self.model, self.matrices = model.train(), matrices
+        if matrices:
+            for mixer in (m for m in model.modules() if isinstance(m, HybridMixer)):
+                mixer.v_proj.requires_grad_(False)
+                mixer.o_proj.requires_grad_(False)
         self.error = torch.compile(relative_error) if compute else relative_error
 
     def forward(self, tokens_BL: Tensor, doc_BL: Tensor) -> None:
@@ -135,9 +141,9 @@ class Aligner(Wrapped):
     ) -> Tensor:
         """Accumulate the mixers' gradients on a batch.
 
-        A layer's loss is the squared error of the mixer's output, as it is added to the residual stream, relative to
-        the square of the attention's: both are means over the labelled tokens of a row. The whole loss is the mean over
-        the layers.
+        A layer's loss is the squared error of the mixer's output, as it is added to the residual stream, or of its
+        matrix, relative to the square of the attention's: both are means over the labelled tokens of a row. The whole
+        loss is the mean over the layers.
 
         Args:
             teacher: with attention where this has mixers.
@@ -154,28 +160,36 @@ class Aligner(Wrapped):
         weight_B = counted_BL.sum(1).float()
         sums: dict[int, Tensor] = {}
 
-        def learn(layer: int, inputs: tuple[Tensor, Any], output: Tensor) -> None:
-            u, batch = inputs
+        def learn(layer: int, inputs: tuple[Tensor, Any], attention: Attention, output: Tensor | None = None) -> None:
+            if self.matrices:
+                goal: Any = attention.queries_and_keys(*inputs)
+            else:
+                goal = attention(*inputs) if output is None else output
             with torch.enable_grad():
-                mixer = self.model.get_submodule(f"model.layers.{layer}.mixer")
-                mine = mixer(u, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
-                loss = (self.error(mine, output, counted_BL) * weight_B).sum()
+                loss = (self._errors(layer, *inputs, goal, counted_BL) * weight_B).sum()
                 (loss / (counted * len(layers))).backward()
             sums[layer] = loss.detach()
 
-        attention = {i: teacher.model.get_submodule(f"model.layers.{i}.self_attn") for i in layers}
+        attentions = {i: teacher.model.get_submodule(f"model.layers.{i}.self_attn") for i in layers}
         with torch.no_grad():
             if on_student:
                 for layer, inputs in self._inputs(tokens_BL, doc_BL).items():
-                    learn(layer, inputs, attention[layer](*inputs))
+                    learn(layer, inputs, attentions[layer])
                 return torch.stack([sums[i] for i in layers])
             hooks = [
-                module.register_forward_hook(lambda _, inputs, output, layer=i: learn(layer, inputs, output))
-                for i, module in attention.items()
+                module.register_forward_hook(lambda m, inputs, output, layer=i: learn(layer, inputs, m, output))
+                for i, module in attentions.items()
             ]
             with removed(hooks):
                 teacher(tokens_BL, doc_BL)
         return torch.stack([sums[i] for i in layers])
+
+    def _errors(self, layer: int, u: Tensor, batch: Any, goal: Any, counted_BL: Tensor) -> Tensor:
+        """Of each row (B,), a mixer's error on the input u."""
+        mixer = self.model.get_submodule(f"model.layers.{layer}.mixer")
+        if self.matrices:
+            return mixer.matrix_error(u, batch.cos, batch.sin, batch.doc_BL, goal, counted_BL)
+        return self.error(mixer(u, batch.cos, batch.sin, batch.doc_BL, batch.first_D1), goal, counted_BL)
 
     def _inputs(self, tokens_BL: Tensor, doc_BL: Tensor) -> dict[int, tuple[Tensor, Any]]:
         """What each mixer layer's mixer reads in the student: its normed input and the batch."""
@@ -312,8 +326,11 @@ def shard(
             fully_shard(core, mesh=mesh, mp_policy=exact, offload_policy=place)
         if mixers_alone and layer.is_mixer:
             fully_shard(layer.mixer, mesh=mesh, mp_policy=policy, offload_policy=place)
+            register_fsdp_forward_method(layer.mixer, "matrix_error")
+            register_fsdp_forward_method(layer.mixer.core, "matrix_error")
         if attention_alone and not layer.is_mixer:
             fully_shard(layer.self_attn, mesh=mesh, mp_policy=policy, offload_policy=place)
+            register_fsdp_forward_method(layer.self_attn, "queries_and_keys")
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
     fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     if isinstance(module, Student):

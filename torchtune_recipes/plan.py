@@ -464,6 +464,8 @@ def plan(
         raise UserError(f"data_parallel_shard {cfg.data_parallel_shard} does not divide the {count} GPUs (--gpus)")
     if (chunk := cfg.get("sequence_chunk")) is not None and chunk < cfg.dataset.max_seq_len:
         raise UserError(f"sequence_chunk {chunk}: what is planned are whole rows; set sequence_chunk=null")
+    if (target := cfg.get("target") or "outputs") != "outputs":
+        raise UserError(f"target {target}: what is planned is alignment to outputs; set target=outputs")
     if cfg.get("device", "cuda") != "cuda":
         raise UserError(f"device {cfg.device!r}: what is planned is a GPU's memory; add device=cuda")
     student = read_config(student_config or cfg.student, keep)

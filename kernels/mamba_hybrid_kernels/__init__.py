@@ -10,7 +10,7 @@
 from .conv import short_conv, short_conv_step
 from .forward_kl import ForwardKL, forward_kl
 from .packed import document_starts, packed_attention, packed_runs
-from .readout import head_norm, readout
+from .readout import head_norm, open_gate, readout
 from .replay import replay
 from .rows import StepRows
 from .slot import SlotLayout, SlotTensors
@@ -26,6 +26,7 @@ __all__ = [
     "document_starts",
     "forward_kl",
     "head_norm",
+    "open_gate",
     "packed_attention",
     "packed_runs",
     "readout",

@@ -23,12 +23,15 @@ def head_norm(y: Tensor, eps: float) -> Tensor:
     return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def open_gate(z: Tensor, gate: str) -> Tensor:
+    """gate(z) in fp32."""
+    return F.silu(z.float()) if gate == "silu" else 2 * torch.sigmoid(z.float())
+
+
 def readout_reference(near, far, z, near_weight_HP, far_weight_HP, gate: str, norm: str, eps: float) -> Tensor:
     """`readout` in plain PyTorch, differentiable, any leading dimensions."""
     # on flat heads: no view of a weight leaves this function, which FSDP would warn about
-    factor: Tensor | float = 1.0
-    if z is not None:
-        factor = F.silu(z.float()) if gate == "silu" else 2 * torch.sigmoid(z.float())
+    factor: Tensor | float = 1.0 if z is None else open_gate(z, gate)
     far_weight = far_weight_HP.float().flatten()
     if norm == "after_gate":
         out = head_norm((far.float().flatten(-2) * factor).view_as(far), eps).flatten(-2) * far_weight

@@ -102,20 +102,20 @@ def ssd_reference(
     keep = last.exp()
     if doc_BL is not None:
         keep = torch.where(carried[..., None], keep, 0)
-    state = torch.zeros(b, G, R, P, N, dtype=acc, device=x.device)
-    if state_BSPN is not None:
-        state = state_BSPN.to(acc).view(b, G, R, P, N)
+    # S states, not G by R: what is returned last is no view, which FSDP would warn about
+    keep, gained = keep.reshape(b, c, S, 1, 1), gained.reshape(b, c, S, P, N)
+    state = torch.zeros(b, S, P, N, dtype=acc, device=x.device) if state_BSPN is None else state_BSPN.to(acc)
     entering = []
     for i in range(c):
         entering.append(state)
-        state = keep[:, i, ..., None] * state + gained[:, i]
-    enter = torch.stack(entering, 1)  # b c G R P N
+        state = keep[:, i] * state + gained[:, i]
+    enter = torch.stack(entering, 1).view(b, c, G, R, P, N)
     reach = cum.exp() if live_in is None else torch.where(live_in, cum.exp(), 0)
     y = y + (Cm.reshape(b, c, G, R, K * Q, N) @ enter.transpose(-1, -2)).view_as(y) * reach[:, :, :, :, None, :, None]
 
     y = y.permute(0, 1, 5, 2, 3, 4, 6).reshape(b, c * Q, H, P)[:, :L]
     y = y + D_H.to(acc)[:, None] * x_BLGP.to(acc).repeat_interleave(H // G, 2)
-    return y, state.reshape(b, S, P, N)
+    return y, state
 
 
 @functools.cache

@@ -1,44 +1,21 @@
-"""A run of `distill_hybrid` on several processes, for the price of one import.
+"""A run of a recipe on several processes, for the price of one import.
 
-    python -m tests.torchtune_recipes.forked_run PROCESSES CONFIG key=value ...
+    python -m tests.torchtune_recipes.forked_run RECIPE PROCESSES CONFIG key=value ...
 
 Every process is forked from this one and runs the recipe's command, with the variables that torchrun sets. Ends with 1
 when one of them does.
 """
 
+import importlib
 import os
 import socket
 import sys
-import traceback
 
 # what a run needs, before anything is forked
 import torch
 import torch.distributed.checkpoint
 
-from torchtune_recipes.distill_hybrid import main
-
-
-def start(rank: int, processes: int, port: int, words: list[str]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    sys.argv = ["distill_hybrid", "--config", *words]
-    code = 1
-    try:
-        main()
-        code = 0
-    except SystemExit as e:
-        code = int(e.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+from .fork import fork
 
 
 def free_port() -> int:
@@ -48,7 +25,18 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    processes, port = int(sys.argv[1]), free_port()
-    children = [start(rank, processes, port, sys.argv[2:]) for rank in range(processes)]
+    recipe, processes, *words = sys.argv[1:]
+    main, port = importlib.import_module(f"torchtune_recipes.{recipe}").main, free_port()
+
+    def work(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }  # fmt: skip
+        torch.set_num_threads(1)
+        sys.argv = [recipe, "--config", *words]
+        main()
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(int(processes))]
     ends = [os.waitpid(child, 0)[1] for child in children]
     sys.exit(any(ends))

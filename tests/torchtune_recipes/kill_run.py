@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -27,33 +26,24 @@ from torchtune._cli import tune
 
 import torchtune_recipes.distill_hybrid  # noqa: F401
 
+from .fork import fork
+
 EVERY = 3  # steps between checkpoints
 MEASURED = ("step", "loss", "kl", "ce", "agreement", "tokens", "grad_norm", "lr_mixer", "lr_rest", "epoch")
 
 
 def start(out: Path, words: list[str], background: bool) -> int:
     """The command in a new process, with its output in OUT.log; the process's number."""
-    child = os.fork()
-    if child:
-        return child
-    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.argv = [
-        "tune", "run", "distill_hybrid", "--config", *words,
-        f"output_dir={out}", f"checkpoint_every_n_steps={EVERY}", f"async_checkpoints={background}", "keep_last_n=2",
-    ]  # fmt: skip
-    code = 1
-    try:
+
+    def work() -> None:
+        log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        saving = f"checkpoint_every_n_steps={EVERY}", f"async_checkpoints={background}", "keep_last_n=2"
+        sys.argv = ["tune", "run", "distill_hybrid", "--config", *words, f"output_dir={out}", *saving]
         tune.main()
-        code = 0
-    except SystemExit as e:
-        code = int(e.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+
+    return fork(work)
 
 
 def ended(child: int, within: float) -> int | None:

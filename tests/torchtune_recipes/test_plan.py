@@ -157,6 +157,10 @@ def test_the_command_reads_directories_and_the_header(tmp_path, tiny, capsys):
         ([str(CONFIGS / "8b.yaml"), "--gpus", "0"], "--gpus 0"),
         ([str(CONFIGS / "8b.yaml"), "data_parallel_shard=3"], "data_parallel_shard 3 does not divide the 8 GPUs"),
         ([str(CONFIGS / "8b.yaml"), "sequence_chunk=1024"], "sequence_chunk 1024: what is planned are whole rows"),
+        (
+            [str(CONFIGS / "8b_align.yaml"), "target=matrices"],
+            "target matrices: what is planned is alignment to outputs",
+        ),
         ([str(CONFIGS / "8b.yaml"), "bathc_size=2"], "unknown config key bathc_size"),
         ([str(CONFIGS / "8b.yaml"), "batch_size=many"], "batch_size 'many' must be a whole number"),
         ([str(CONFIGS / "smollm2_135m_cpu.yaml")], "add device=cuda"),

@@ -1,8 +1,5 @@
 """The same losses however the models lie on the processes and their memory."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +10,7 @@ from mamba_hybrid.model import HybridLayer
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
 from torchtune_recipes.models import compute_in_fp8
 
-from .conftest import CONFIG, ROOT, branch, metrics
+from .conftest import branch, forked, metrics
 
 NUMBERS = ("loss", "kl", "agreement", "grad_norm")
 
@@ -22,10 +19,7 @@ def test_replicas_of_shards_have_the_losses_of_one_process(overrides, config, tm
     """Four processes, two and two of them with a copy of the model, and the teacher in host memory."""
     assert run(config(output_dir=str(tmp_path / "one"))) == 0
     words = overrides(batch_size=1, data_parallel_shard=2, offload_teacher=True, checkpoint_every_n_steps=0)
-    command = [sys.executable, "-m", "tests.torchtune_recipes.forked_run", "4", str(CONFIG)]
-    command += [f"{key}={value}" for key, value in words.items()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    forked("distill_hybrid", 4, words)
     rows, one = metrics(tmp_path / "run"), metrics(tmp_path / "one")
     assert len(one) == 10
     for row, other in zip(rows, one, strict=True):
