@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import HybridMambaConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .model import HybridMambaForCausalLM
+from .output import to_disk
 from .source import COMPANIONS, Source, hybrid_config, open_source
 
 FP32 = ".core."  # parameters that keep fp32 whatever the rest is stored in
@@ -87,33 +89,54 @@ def atomic_directory(out: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """A temporary directory beside `out` that becomes `out` when the block ends, and vanishes if it raises.
 
     Raises:
-        UserError: `out` exists and overwrite is off, or cannot be made.
+        UserError: `out` exists and overwrite is off, is no checkpoint that could be overwritten, or cannot be written.
     """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; give another directory or --overwrite")
+    check_out(out, overwrite=overwrite)
+    place = Path(os.path.abspath(out))  # "." has no name
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     except OSError as e:
         raise UserError(f"{out} cannot be written: {e.strerror}") from e
     try:
         yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-        work.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            work.rename(out)
-            shutil.rmtree(old)
-        else:
-            work.rename(out)
-    except BaseException:
+        for path in (*work.rglob("*"), work):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are for their owner only
+            to_disk(path)
+        _replace(place, work)
+    except BaseException as e:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(e, OSError | SafetensorError):
+            raise UserError(f"{out} cannot be written: {first_line(e)}") from e
         raise
+
+
+def check_out(out: str | Path, *, overwrite: bool) -> None:
+    """Raises UserError for a directory that must not be written: what is there is kept, unless it is a checkpoint (or
+    an empty directory) and `overwrite` is on."""
+    out = Path(out)
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; give another directory or --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise UserError(f"{out} is no checkpoint (no config.json), so --overwrite keeps it; give another directory")
+
+
+def _replace(place: Path, work: Path) -> None:
+    """Put a whole directory where another may be."""
+    if place.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
+        try:
+            place.rename(old / place.name)
+            work.rename(place)
+        finally:
+            if not place.exists():
+                (old / place.name).rename(place)
+            shutil.rmtree(old)
+    else:
+        work.rename(place)
+    to_disk(place.parent)
 
 
 class ShardWriter:

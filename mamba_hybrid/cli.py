@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, NoReturn
 
 from .errors import UserError
 from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns 0, or 1 after printing one `error:` line."""
+    """Run a subcommand; returns 0, or 1 after printing one `error:` line, 130 after Ctrl-C. SIGTERM raises SystemExit
+    with 143."""
     args = parse(argv)
+    # as Ctrl-C does, so that directories that are half written go, and an engine's processes end
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return args.run(args)
     except UserError as e:
@@ -24,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(*_: Any) -> NoReturn:
+    sys.exit(143)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -159,7 +169,10 @@ def _compare(args: argparse.Namespace) -> int:
     import torch
 
     from .compare import compare, format_distances
+    from .output import check_output, write_output
 
+    if args.json:
+        check_output("--json", args.json)
     distances = compare(
         args.teacher,
         args.students,
@@ -172,7 +185,8 @@ def _compare(args: argparse.Namespace) -> int:
     )
     print(format_distances(distances))
     if args.json:
-        Path(args.json).write_text(json.dumps({k: dataclasses.asdict(d) for k, d in distances.items()}, indent=1))
+        figures = json.dumps({k: dataclasses.asdict(d) for k, d in distances.items()}, indent=1)
+        write_output("--json", args.json, figures.encode())
     return 0
 
 

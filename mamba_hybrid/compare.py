@@ -14,14 +14,12 @@ import torch
 from scipy.stats import ttest_rel
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .checkpoint import load_model
-from .convert import load_tokenizer
 from .device import check_device
 from .errors import UserError
 from .model import HybridMambaForCausalLM
-from .source import open_source
+from .source import load_tokenizer, open_source
 from .text import read_texts, token_stream
 
 
@@ -69,13 +67,15 @@ def compare(
         Student -> distance.
 
     Raises:
-        UserError: a checkpoint or the text cannot be read, or vocabularies differ.
+        UserError: a checkpoint or the text cannot be read or is too short, or vocabularies differ.
     """
-    if min(tokens, length) < 1:
-        raise UserError(f"--tokens {tokens} and --length {length} must be at least 1")
+    if min(tokens, length) < 2:  # a token alone has none after it
+        raise UserError(f"--tokens {tokens} and --length {length} must be at least 2")
     check_device(device)
     source = open_source(teacher)
-    stream_T, passage_T = token_stream(read_texts(text, column), load_tokenizer(source), tokens)
+    stream_T, passage_T = token_stream(read_texts(text, column), load_tokenizer(source.path), tokens)
+    if len(stream_T) < 2:
+        raise UserError(f"text {text} has {len(stream_T)} tokens, at least 2 are needed")
     model = load_model(teacher, dtype).to(device)
     rows = stream_T.to(device).split(length)
     hidden = [_hidden(model, row) for row in tqdm(rows, desc="scoring the teacher", unit="seq", disable=None)]
@@ -91,13 +91,13 @@ def check_vocabularies(a: Path, model_a: HybridMambaForCausalLM, b: Path, model_
     """Two models must have one vocabulary, or a KL between them means nothing.
 
     Raises:
-        UserError: other sizes, or tokenizers that number tokens differently.
+        UserError: other sizes, tokenizers that number tokens differently, or none.
     """
     if model_a.vocab_size != model_b.vocab_size:
         raise UserError(f"{a} has {model_a.vocab_size} tokens and {b} has {model_b.vocab_size}; they must be the same")
     if a.is_dir() and b.is_dir():
         # only where both name a token: a tokenizer's class may add names behind the vocabulary's end
-        names_a, names_b = ({i: t for t, i in AutoTokenizer.from_pretrained(p).get_vocab().items()} for p in (a, b))
+        names_a, names_b = ({i: t for t, i in load_tokenizer(p).get_vocab().items()} for p in (a, b))
         odd = next((i for i in sorted(names_a.keys() & names_b.keys()) if names_a[i] != names_b[i]), None)
         if odd is not None:
             raise UserError(

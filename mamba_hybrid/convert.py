@@ -17,17 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from .calibrate import Fit, calibrate_mixer
-from .checkpoint import FP32, save_model
+from .checkpoint import FP32, check_out, save_model
 from .config import ATTENTION, MIXER, HybridMambaConfig
 from .device import check_device
 from .errors import UserError
 from .mixer import HybridMixer, ZeroLinear
 from .model import Batch, HybridLayer
-from .source import Source, hybrid_config, open_source
+from .source import Source, hybrid_config, load_tokenizer, open_source
 from .text import read_texts, token_stream
 
 INPUTS = ("student", "teacher")
@@ -119,8 +118,11 @@ def convert(job: Conversion) -> Report:
     """
     if job.inputs not in INPUTS or job.init not in INITS:
         raise UserError(f"inputs {job.inputs!r} must be one of {INPUTS} and init {job.init!r} one of {INITS}")
-    if Path(job.out).exists() and not job.overwrite:
-        raise UserError(f"{job.out} exists; give another directory or --overwrite")
+    check_out(job.out, overwrite=job.overwrite)
+    if not 0 <= job.ridge < math.inf:
+        raise UserError(f"--ridge {job.ridge} must be a number of at least 0")
+    if (limit := job.mixer.get("max_position_embeddings")) is not None and int(str(limit)) < 1:
+        raise UserError(f"--max-positions {limit} must be at least 1")
     source = open_source(job.source)
     kept = _kept_layers(source, job)
     given = None if job.mixers_from is None else open_source(job.mixers_from)
@@ -168,7 +170,9 @@ def _hybrid_config(source: Source, given: Source | None, kept: list[int], job: C
     n = source.config.num_hidden_layers
     fields = dict(job.mixer)
     if job.init == "original":
-        fields = ORIGINAL | {k: v for k, v in job.mixer.items() if k == "max_position_embeddings"}
+        if named := [flag for name, flag in MIXER_FLAGS.items() if name in job.mixer and flag is not None]:
+            raise UserError(f"--init original is one kind of mixer, the paper's: leave out {', '.join(named)}")
+        fields = ORIGINAL | fields
     for origin, where in ((given, job.mixers_from), (source, job.source)):
         if origin is None or not isinstance(origin.config, HybridMambaConfig) or not origin.config.mixer_layers:
             continue
@@ -267,11 +271,15 @@ class Walk:
         check_device(job.device)
         if job.length < 1:
             raise UserError(f"--calibrate-length {job.length} must be at least 1")
+        if job.tokens < 2 * job.length:
+            raise UserError(
+                f"--calibrate-tokens {job.tokens} must be at least 2 sequences of --calibrate-length {job.length}"
+            )
         if job.length > self.config.max_position_embeddings:
             raise UserError(
                 f"--calibrate-length {job.length} is over the model's context {self.config.max_position_embeddings}"
             )
-        tokens, _ = token_stream(texts, load_tokenizer(self.source), job.tokens)
+        tokens, _ = token_stream(texts, load_tokenizer(self.source.path), job.tokens)
         rows = len(tokens) // job.length
         if rows < 2:
             raise UserError(
@@ -384,19 +392,6 @@ class Walk:
             total += float((p.exp() * (p - q)).sum())
             count += len(t)
         return total / count, count
-
-
-def load_tokenizer(source: Source):
-    """The source's tokenizer.
-
-    Raises:
-        UserError: it has none.
-    """
-    where = (source.path, {}) if source.path.is_dir() else (source.path.parent, {"gguf_file": source.path.name})
-    try:
-        return AutoTokenizer.from_pretrained(where[0], **where[1])
-    except Exception as e:
-        raise UserError(f"{source.path} has no tokenizer that transformers can load: {e}") from e
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .config import HybridMambaConfig
+from .errors import UserError
 from .model import HybridMambaForCausalLM
 from .source import hybrid_config, open_source
 
@@ -25,11 +26,14 @@ def inspect(path: str | Path, *, context: int | None = None, drafts: int = 0) ->
         A text of several lines.
 
     Raises:
-        UserError: the checkpoint cannot be read.
+        UserError: the checkpoint cannot be read, or a number is out of range.
     """
     source = open_source(path)
     config = hybrid_config(source.config)
-    context = context or config.max_position_embeddings
+    context = config.max_position_embeddings if context is None else context
+    for flag, value, least in (("--context", context, 1), ("--drafts", drafts, 0)):
+        if value < least:
+            raise UserError(f"{flag} {value} must be at least {least}")
     dtype = _dtype(config)
     layout = config.slot_layout(dtype=dtype, step=drafts + 1, rewind=drafts + 1 if drafts else 0)
     mixers, n = config.mixer_layers, config.num_hidden_layers

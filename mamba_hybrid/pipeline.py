@@ -107,7 +107,10 @@ def load(path: str | Path, changes: list[str] | None = None) -> Pipeline:
         if not value or key == "steps" or key not in cfg:
             keys = ", ".join(str(k) for k in cfg if k != "steps")
             raise UserError(f"{change}: give key=value with a variable of {path}: {keys}")
-        cfg.merge_with(OmegaConf.from_dotlist([change]))
+        try:
+            cfg.merge_with(OmegaConf.from_dotlist([change]))
+        except (YAMLError, OmegaConfBaseException) as e:
+            raise UserError(f"{change}: the value is no YAML: {' '.join(str(e).split())}") from e
     raw = OmegaConf.to_container(cfg)
     assert isinstance(raw, dict)
     missing = [key for key in ("name", "output_dir", "steps") if not raw.get(key)]
@@ -181,7 +184,7 @@ def _command(name: str, words: Any) -> Step:
 
 def _recipe(name: str, node: Mapping[str, Any]) -> Step:
     recipe, file = node["recipe"], node.get("config")
-    if not isinstance(recipe, str) or not (Path(f"{recipe}.py").is_file() or find_spec(recipe)):
+    if not isinstance(recipe, str) or not _is_module(recipe):
         raise UserError(f"step {name}: there is no recipe {recipe!r}")
     if not isinstance(file, str):
         raise UserError(f"step {name} needs a config")
@@ -206,6 +209,14 @@ def _recipe(name: str, node: Mapping[str, Any]) -> Step:
     if not isinstance(out, str):
         raise UserError(f"step {name}: {file} has no output_dir")
     return Step(name, words, _digest([recipe, processes, OmegaConf.to_container(cfg)]), Path(out))
+
+
+def _is_module(recipe: str) -> bool:
+    """Whether `tune run` would find it: beside it, or in the environment."""
+    try:
+        return Path(f"{recipe}.py").is_file() or find_spec(recipe) is not None
+    except (ImportError, ValueError):  # of packages that are not there, and odd names
+        return False
 
 
 def _has(cfg: Any, key: str) -> bool:
@@ -266,12 +277,20 @@ class Record:
             raise UserError(f"{file} cannot be read ({e}); remove it to do all steps anew") from e
 
     def write(self, name: str) -> None:
+        """Put it on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         work = self.file.with_suffix(".tmp")
-        with work.open("w") as f:
-            json.dump({"name": name, "done": self.done, "begun": self.begun}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        work.replace(self.file)
+        try:
+            with work.open("w") as f:
+                json.dump({"name": name, "done": self.done, "begun": self.begun}, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            work.replace(self.file)
+        except OSError as e:
+            raise UserError(f"{self.file} cannot be written: {e.strerror}") from e
 
     def forget(self, index: int, pipeline: Pipeline) -> None:
         """Take the pipeline's steps from this one on for not done.

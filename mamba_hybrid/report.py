@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .output import write_output
+from .text import read_file
 
 Row = dict[str, float]
 
@@ -93,7 +95,7 @@ def read_run(path: str | Path) -> Run:
     if not file.is_file():
         raise UserError(f"{path} has no metrics.jsonl; give a run's output_dir, or its JSONLLogger's file")
     rows: list[Row] = []
-    lines = file.read_text().splitlines()
+    lines = read_file(file).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -142,7 +144,7 @@ def draw(runs: Sequence[Run], out: str | Path) -> None:
         out: the file; an .html has the picture and the table in it.
 
     Raises:
-        UserError: matplotlib is not there, the file's kind is unknown, or it cannot be written.
+        UserError: matplotlib is not there, the file's kind is unknown, it cannot be written, or no run has a metric.
     """
     out = Path(out)
     if out.suffix not in (".png", ".svg", ".pdf", ".html"):
@@ -159,10 +161,7 @@ def draw(runs: Sequence[Run], out: str | Path) -> None:
             f"<pre>{html.escape(summary(runs))}</pre>\n"
             f"<img alt='curves' src='data:image/png;base64,{image}'>\n"
         ).encode()
-    try:
-        out.write_bytes(data)
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be written: {e.strerror}") from e
+    write_output("--out", out, data)
 
 
 def _figure(runs: Sequence[Run]) -> Any:
@@ -174,6 +173,8 @@ def _figure(runs: Sequence[Run]) -> Any:
     drawn = {key for run in runs for _, patterns, _ in shown for pattern in patterns for key in run.keys(pattern)}
     others = dict.fromkeys(key for run in runs for row in run.rows for key in row if key not in (*drawn, *APART))
     shown += [(key, (key,), False) for key in others]  # of recipes that log something of their own
+    if not shown:
+        raise UserError(f"{', '.join(run.name for run in runs)}: no metric to draw")
     count, unit, scale = next(c for c in COUNTS if all(run.keys(c[0]) for run in runs))
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)

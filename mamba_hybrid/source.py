@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import HybridMambaConfig
 from .errors import UserError, first_line
@@ -110,6 +110,8 @@ class Source:
         stored = self._stored[name]
         try:
             return stored.load() if rows is None else stored.load_rows(rows)
+        except NotImplementedError as e:  # a quantisation that gguf cannot read
+            raise UserError(f"{self.path}: tensor {name!r} cannot be read: {e}; take another file of the model") from e
         except (SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({e}); download the checkpoint again") from e
 
@@ -146,7 +148,7 @@ def _open_directory(path: Path) -> Source:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index} cannot be read ({e}); download the checkpoint again") from e
     elif (path / "model.safetensors").is_file():
         files = ["model.safetensors"]
@@ -186,7 +188,7 @@ def _open_gguf(path: Path) -> Source:
         raise UserError(f"{path} is a truncated or damaged GGUF file ({first_line(e)}); download it again") from e
     if architecture not in FAMILIES:
         raise UserError(f"{path} is a {architecture!r} model; this converts {', '.join(FAMILIES)}")
-    size, end = path.stat().st_size, max(t.data_offset + t.n_bytes for t in reader.tensors)
+    size, end = path.stat().st_size, max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
     if end > size:
         raise UserError(f"{path} is truncated: {size} bytes of at least {end}; download it again")
     try:
@@ -207,7 +209,7 @@ def _open_gguf(path: Path) -> Source:
     config.tie_word_embeddings = "lm_head.weight" not in stored
 
     def companions(out: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = load_tokenizer(path)
         tokenizer.save_pretrained(out)
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
@@ -216,6 +218,21 @@ def _open_gguf(path: Path) -> Source:
         ).save_pretrained(out)
 
     return Source(path, config, stored, companions)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint, directory or GGUF file.
+
+    Raises:
+        UserError: it has none.
+    """
+    where, file = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    try:
+        return AutoTokenizer.from_pretrained(where, **file)
+    except Exception as e:  # transformers raises many kinds here
+        raise UserError(
+            f"{path} has no tokenizer that transformers can load ({first_line(e)}); copy the model's there"
+        ) from e
 
 
 def _rows(load: Callable[[], Tensor], rows: slice) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,27 @@ def read_file(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {e}") from e
 
 
+def parse_row(line: str, where: str) -> Any:
+    """What a line of a JSONL file holds.
+
+    Args:
+        line: the line.
+        where: it stands, for the message.
+
+    Raises:
+        UserError: it is no JSON, or holds half of a surrogate pair (a character cut in two), which is no text.
+    """
+    try:
+        row = json.loads(line)
+        if re.search(r"\\u[dD][89a-fA-F]", line):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where} holds {e.object[e.start]!r}, half of a character; mend or remove it") from e
+    except ValueError as e:
+        raise UserError(f"{where} is no JSON: {e}") from e
+    return row
+
+
 def jsonl_rows(path: Path, skip: int = 0) -> Iterator[tuple[str, Any]]:
     """(where it stands, for error messages; the row) of a JSONL file, empty lines left out.
 
@@ -34,7 +56,7 @@ def jsonl_rows(path: Path, skip: int = 0) -> Iterator[tuple[str, Any]]:
         skip: pass over so many rows without reading what is in them.
 
     Raises:
-        UserError: the file cannot be read, or a line is no JSON.
+        UserError: the file cannot be read, or as `parse_row`.
     """
     try:
         with path.open(encoding="utf-8") as lines:
@@ -45,11 +67,7 @@ def jsonl_rows(path: Path, skip: int = 0) -> Iterator[tuple[str, Any]]:
                     skip -= 1
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise UserError(f"{where} is no JSON: {e}") from e
-                yield where, row
+                yield where, parse_row(line, where)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
 

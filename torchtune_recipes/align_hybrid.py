@@ -6,7 +6,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torchtune import config
 
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.flops import alignment_flops
@@ -14,7 +13,7 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import PARTS, Aligner, Teacher, compile_parts, shard
 from .packing import Batch
-from .recipe import FIXED, OPTIONAL, HybridRecipe
+from .recipe import FIXED, OPTIONAL, HybridRecipe, command
 from .recipe import run as run_recipe
 
 
@@ -92,7 +91,7 @@ class AlignHybrid(HybridRecipe):
         return torch.cat([sums_I.mean()[None], sums_I])
 
 
-@config.parse
+@command
 def main(cfg: DictConfig) -> int:
     """Align a hybrid: tune run [--nproc_per_node N] align_hybrid --config FILE [key=value ...]"""
     return run(cfg)

@@ -8,7 +8,6 @@ first of them when everything is on the disk.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.output import to_disk
 
 STATE = "recipe_state.json"
 
@@ -96,11 +96,11 @@ class Checkpoints:
                 return
             (work / STATE).write_text(json.dumps(state))
             for path in (*work.iterdir(), work):
-                _to_disk(path)
+                to_disk(path)
             if final.exists():
                 self._remove(final)
             work.rename(final)
-            _to_disk(self.directory)
+            to_disk(self.directory)
             for old in self.steps()[: -self.keep] if self.keep else []:
                 self._remove(self.directory / f"step_{old}")
         except BaseException:
@@ -179,15 +179,6 @@ class Checkpoints:
                 f"checkpoint {path} is damaged ({_reason(e)}); remove it to resume from the one before"
             ) from e
         return int(state["step"])
-
-
-def _to_disk(path: Path) -> None:
-    """Of a directory, its list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(e: BaseException) -> str:

@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torchtune import config
 
 from mamba_hybrid.carry import Carry
 from mamba_hybrid.errors import UserError
@@ -23,7 +22,7 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 from .data import load_tokenizer
 from .models import Student, Teacher, compute_in_fp8, shard
 from .packing import Batch
-from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
+from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys, command
 from .recipe import run as run_recipe
 from .samples import Samples
 from .streams import Streams
@@ -170,7 +169,7 @@ class DistillHybrid(HybridRecipe):
         return torch.stack(sums + errors)
 
 
-@config.parse
+@command
 def main(cfg: DictConfig) -> int:
     """Distil a hybrid: tune run [--nproc_per_node N] distill_hybrid --config FILE [key=value ...]"""
     return run(cfg)

@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torchtune import config
 
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.logprob import sequence_log_probs
@@ -20,7 +19,7 @@ from mamba_hybrid.model import HybridMambaForCausalLM
 
 from .models import Wrapped, shard
 from .preference import PairBatch, PairRows
-from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, component
+from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, command, component
 from .recipe import run as run_recipe
 
 REFERENCES = ("teacher", "student")
@@ -166,7 +165,7 @@ def preference_loss(node: DictConfig) -> tuple[nn.Module, bool]:
     return loss, takes == WITH_REFERENCE
 
 
-@config.parse
+@command
 def main(cfg: DictConfig) -> int:
     """Teach a hybrid preferences: tune run [--nproc_per_node N] dpo_hybrid --config FILE [key=value ...]"""
     return run(cfg)

@@ -6,15 +6,16 @@ Shapes: B rows, L tokens of a row.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torchtune import config
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
+from yaml import YAMLError
 
 from mamba_hybrid.checkpoint import FP32, load_config, open_model, save_model
 from mamba_hybrid.compare import check_vocabularies
@@ -51,6 +54,7 @@ OPTIONAL = (
     "checkpoint_every_n_steps", "async_checkpoints", "keep_last_n", "resume", "log_every", "metric_loggers",
     "data_parallel_shard", "offload_teacher", "peak_tflops",
 )  # fmt: skip
+SWITCHES = ("compile", "async_checkpoints", "resume", "offload_teacher", "fp8", "enable_activation_checkpointing")
 # of the configuration, what a resumed run must have as the run before, beside its data
 FIXED = ("optimizer", "lr_scheduler", "mixer_lr", "clip_grad_norm", "dtype", "seed")
 
@@ -106,6 +110,12 @@ class HybridRecipe(FTRecipeInterface):
         for key in (key for key in self.required if key.endswith("_lr")):
             if not isinstance(cfg[key], (int, float)) or not 0 <= cfg[key] < math.inf:
                 raise UserError(f"{key} {cfg[key]!r} must be a number of at least 0")
+        seed = cfg.get("seed", 0)
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed {seed!r} must be a whole number of at least 0")
+        for key in SWITCHES:
+            if cfg.get(key) is not None and not isinstance(cfg[key], bool):
+                raise UserError(f"{key} {cfg[key]!r} must be True or False")
         peak = cfg.get("peak_tflops")
         if peak is not None and (not isinstance(peak, (int, float)) or peak <= 0):
             raise UserError(f"peak_tflops {peak!r} must be a number above 0, or null for what the device is known for")
@@ -500,7 +510,8 @@ def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
         target = _get_component_from_path(name)
         inspect.signature(target).bind(*args, **kwargs, **more)
     except (TypeError, InstantiationError, ImportError) as e:
-        raise UserError(f"{key}: {name} with {', '.join(map(str, kwargs)) or 'no arguments'}: {e}") from e
+        why = " ".join(str(e).split())
+        raise UserError(f"{key}: {name} with {', '.join(map(str, kwargs)) or 'no arguments'}: {why}") from e
     try:
         return target(*args, **kwargs, **more)
     except ImportError as e:  # a logger, say, whose package is no dependency
@@ -512,6 +523,39 @@ def check_keys(node: Mapping[str, Any] | DictConfig, known: tuple[str, ...], whe
     odd = sorted(str(key) for key in set(node) - set(known))
     if odd:
         raise UserError(f"unknown config key {where}{odd[0]}; there are {', '.join(known)}")
+
+
+def command(main: Callable[[DictConfig], int]) -> Callable[[], NoReturn]:
+    """torchtune's `config.parse`, but for one line where the configuration or an override cannot be read.
+
+    Args:
+        main: a recipe's, which gets the configuration and returns the exit code.
+    """
+
+    @functools.wraps(main)
+    def parsed() -> NoReturn:
+        found: list[DictConfig] = []
+
+        @functools.wraps(main)
+        def note(cfg: DictConfig) -> None:
+            found.append(cfg)
+
+        try:
+            config.parse(note)()
+        except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as e:
+            _print_error(" ".join(str(e).split()))
+            sys.exit(1)
+        except SystemExit:  # of `note`, or of --help and flags that are wrong
+            if not found:
+                raise
+        sys.exit(main(found[0]))
+
+    return parsed
+
+
+def _print_error(line: str) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"error{f' (process {rank})' if rank else ''}: {line}", file=sys.stderr, flush=True)
 
 
 def run(kind: type[HybridRecipe], cfg: DictConfig) -> int:
@@ -527,8 +571,7 @@ def run(kind: type[HybridRecipe], cfg: DictConfig) -> int:
         recipe.train()
         done = recipe.step == recipe.steps
     except (UserError, OmegaConfBaseException) as e:
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error{f' (process {rank})' if rank else ''}: {first_line(e)}", file=sys.stderr, flush=True)
+        _print_error(first_line(e))
         return 1
     finally:
         if recipe is not None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torchtune import config
 
 from mamba_hybrid.convert import attention_layers
 from mamba_hybrid.errors import UserError
@@ -30,7 +29,7 @@ from .loading import fill
 from .models import PARTS, Teacher, shard
 from .packing import Batch, PackedRows
 from .recall import ordinary_tokens, recall_rows
-from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys
+from .recipe import FIXED, OPTIONAL, REQUIRED, HybridRecipe, check_keys, command
 from .recipe import run as run_recipe
 
 METHODS = ("gates", "leave_one_out", "greedy", "uniform")
@@ -270,7 +269,7 @@ class SelectLayers(HybridRecipe):
         }
 
 
-@config.parse
+@command
 def main(cfg: DictConfig) -> int:
     """Choose attention layers: tune run [--nproc_per_node N] select_layers --config FILE [key=value ...]"""
     return run(cfg)

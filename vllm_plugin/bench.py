@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import shlex
@@ -26,12 +27,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.output import check_output, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 START_SECONDS, POLL_SECONDS = 900, 1.0
 LOG_LINES = 15  # of a server that did not start
+OWN_FLAGS = ("--host", "--port", "--model", "--served-model-name")
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass
@@ -73,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--rounds", type=int, default=4, help="requests of a client (4)")
     p.add_argument("--out", metavar="FILE.csv", help="write the table")
     p.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
-    p.add_argument("--vllm-args", default="", metavar="'--flag ...'", help="flags of `vllm serve`, for every system")
+    p.add_argument(
+        "--vllm-args",
+        default="",
+        metavar="'--flag value ...'",
+        help="flags of `vllm serve`, for every system; a single word as --vllm-args=--flag",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,8 +95,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a checkpoint that cannot be served, a setting out of range, a file that exists, a server that does
             not start or a load that fails, with the last lines of its log.
     """
-    clients = _check(args)
-    flags = shlex.split(args.vllm_args)
+    clients, flags = _check(args)
     systems = {args.model: [args.model]}
     if args.draft:
         speculative = json.dumps({"model": args.draft, "num_speculative_tokens": args.drafts})
@@ -98,7 +106,6 @@ def run(args: argparse.Namespace) -> int:
         ]
     systems |= {path: [path] for path in args.against}
     loads: list[Load] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server of the moment ends too
     for system, command in systems.items():
         with serving([*command, *flags]) as port:
             for n in clients:
@@ -106,17 +113,18 @@ def run(args: argparse.Namespace) -> int:
                 print(format_load(loads[-1]), flush=True)
     print("\n" + format_table(loads))
     if args.out:
-        with open(args.out, "x", newline="") as f:
-            writer = csv.DictWriter(f, [field.name for field in fields(Load)])
-            writer.writeheader()
-            writer.writerows(asdict(load) for load in loads)
+        rows = io.StringIO(newline="")
+        writer = csv.DictWriter(rows, [field.name for field in fields(Load)])
+        writer.writeheader()
+        writer.writerows(asdict(load) for load in loads)
+        write_output("--out", args.out, rows.getvalue().encode())
     if args.plot:
         plot(loads, Path(args.plot))
     return 0
 
 
-def _check(args: argparse.Namespace) -> list[int]:
-    """The numbers of clients; raises for what cannot be run."""
+def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
+    """The numbers of clients, and vLLM's flags; raises for what cannot be run."""
     from .checkpoint import check_servable
 
     try:
@@ -129,9 +137,20 @@ def _check(args: argparse.Namespace) -> list[int]:
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
-        if path and Path(path).exists():
-            raise UserError(f"{flag} {path} exists; give another file")
+        if path:
+            check_output(flag, path)
+            if Path(path).exists():
+                raise UserError(f"{flag} {path} exists; give another file")
+    try:
+        flags = shlex.split(args.vllm_args)
+    except ValueError as e:
+        raise UserError(f"--vllm-args {args.vllm_args}: {e}") from e
+    for flag in flags:
+        if flag.split("=")[0] in OWN_FLAGS:
+            raise UserError(f"--vllm-args {args.vllm_args}: bench sets {flag} itself; leave it out")
     if args.plot:
+        if Path(args.plot).suffix not in PLOTS:
+            raise UserError(f"--plot {args.plot} must end in {', '.join(PLOTS)}")
         try:
             import matplotlib  # noqa: F401
         except ImportError as e:
@@ -146,7 +165,7 @@ def _check(args: argparse.Namespace) -> list[int]:
                     f"--input-tokens {args.input_tokens} and --output-tokens {args.output_tokens} are over the context "
                     f"of {context} of {path}"
                 )
-    return clients
+    return clients, flags
 
 
 def _check_prompts(file: str, needed: int) -> None:

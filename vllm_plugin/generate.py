@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_hybrid.errors import UserError
+
+from .training_set import TrainingSet, record_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,21 +64,17 @@ def run(args: argparse.Namespace) -> int:
         UserError: anything wrong with the checkpoint, a row, a setting or the output, before the engine is started;
             or the engine refuses to start.
     """
-    from transformers import AutoTokenizer
+    from mamba_hybrid.source import load_tokenizer
 
     from .checkpoint import check_servable
     from .results import Results
     from .rows import read_rows
-    from .training_set import TrainingSet
 
     speculative = _check_settings(args)
+    _check_files(args)
     config = check_servable(args.model)
     context = _context(args, config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except Exception as e:  # transformers raises many kinds here
-        raise UserError(f"{args.model}: its tokenizer cannot be read: {e}") from e
-    rows = read_rows(args.input, tokenizer)
+    rows = read_rows(args.input, load_tokenizer(Path(args.model)))
     fitting = [row for row in rows if len(row.tokens) + args.max_tokens <= context]
     if len(fitting) < len(rows) and not args.skip_long:
         long = next(row for row in rows if len(row.tokens) + args.max_tokens > context)
@@ -83,11 +82,14 @@ def run(args: argparse.Namespace) -> int:
             f"{args.input}, line {long.line}: a prompt of {len(long.tokens)} tokens and --max-tokens "
             f"{args.max_tokens} are over the context of {context}; shorten it, lower --max-tokens or use --skip-long"
         )
+    if not fitting:
+        raise UserError(
+            f"--skip-long leaves out all rows of {args.input}: with --max-tokens {args.max_tokens} none fits into the "
+            f"context of {context}; lower --max-tokens"
+        )
     settings = _settings(args)
     training = None
     if args.training_set is not None:
-        if Path(args.training_set).absolute() == Path(args.output).absolute():
-            raise UserError(f"--training-set {args.training_set} is --output too; give another file")
         if prompt := next((row for row in rows if "messages" not in row.data), None):
             raise UserError(
                 f"{args.input}, line {prompt.line} has a 'prompt': a --training-set of conversations needs 'messages'"
@@ -139,11 +141,12 @@ def _check_settings(args: argparse.Namespace) -> dict[str, Any] | None:
         ("--max-tokens", args.max_tokens, 1),
         ("--batch", args.batch, 1),
         ("--top-k", args.top_k, 0),
-        ("--temperature", args.temperature, 0),
         ("--seed", args.seed, 0),
     ):
         if not value >= least:
             raise UserError(f"{flag} {value} must be at least {least}")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature} must be a number of at least 0")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
     if args.n > 1 and args.temperature == 0:
@@ -157,6 +160,17 @@ def _check_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     if not isinstance(speculative, dict):
         raise UserError(f"--speculative-config {args.speculative_config} is no JSON object")
     return speculative
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises where one of the files would be written over another."""
+    files = {"--input": args.input, "--output": args.output}
+    if args.training_set is not None:
+        files |= {"--training-set": args.training_set, "the record of --training-set": record_of(args.training_set)}
+    seen: dict[str, str] = {}
+    for name, file in files.items():
+        if (other := seen.setdefault(os.path.realpath(file), name)) != name:
+            raise UserError(f"{name} {file} is {other} too; give another file")
 
 
 def _context(args: argparse.Namespace, config: PretrainedConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 from pathlib import Path
@@ -38,14 +39,16 @@ class Results:
         self._outdated = overwrite
         self._created = not self.path.exists()
         try:
-            self._file = self.path.open("a+b")
+            self._file = self.path.open("a+b", buffering=0)  # or close() would write again what the disk has not taken
         except OSError as e:
             raise UserError(f"--output {path} cannot be written: {e.strerror}") from e
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
+            except BlockingIOError as e:
                 raise UserError(f"--output {path} is being written by another run; give another file") from e
+            except OSError as e:
+                raise UserError(f"--output {path} cannot be locked: {e.strerror}; put it on another disk") from e
             if not overwrite:
                 self._resume(inputs)
         except BaseException:
@@ -55,11 +58,13 @@ class Results:
     def _resume(self, inputs: dict[str | int, dict]) -> None:
         self._file.seek(0)
         end = 0
-        for number, line in enumerate(self._file, 1):
+        lines = io.BufferedReader(self._file)
+        for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break  # cut off in the middle
             self._check(number, line, inputs)
             end += len(line)
+        lines.detach()
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
 
@@ -78,12 +83,21 @@ class Results:
         self.done.add(id)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write a row and flush it, so that a killed run loses nothing it has answered."""
-        if self._outdated:
-            self._file.truncate(0)
-            self._outdated = False
-        self._file.write(json.dumps(row | {"settings": self.settings}, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Write a row at once, so that a killed run loses nothing it has answered.
+
+        Raises:
+            UserError: it cannot be written, the disk being full for one; what was written of it is cut off by the next
+                run.
+        """
+        line = json.dumps(row | {"settings": self.settings}, ensure_ascii=False).encode() + b"\n"
+        try:
+            if self._outdated:
+                self._file.truncate(0)
+                self._outdated = False
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as e:
+            raise UserError(f"--output {self.path} cannot be written: {e.strerror}; make room and run again") from e
 
     def __enter__(self) -> Results:
         return self

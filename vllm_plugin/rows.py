@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.text import parse_row
 
 
 @dataclass
@@ -55,10 +55,7 @@ def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]
 
 
 def _row(where: str, number: int, line: str, tokenizer: PreTrainedTokenizerBase) -> Row:
-    try:
-        data = json.loads(line)
-    except ValueError as e:
-        raise UserError(f"{where} is no JSON: {e}") from e
+    data = parse_row(line, where)
     if not isinstance(data, dict):
         raise UserError(f"{where} is {type(data).__name__}, not an object with 'prompt' or 'messages'")
     if ("prompt" in data) == ("messages" in data):

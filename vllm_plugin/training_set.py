@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.output import check_output, to_disk
+
+
+def record_of(path: str | Path) -> Path:
+    """The file that says what made a training set."""
+    return Path(f"{path}.json")
 
 
 class TrainingSet:
@@ -19,14 +25,13 @@ class TrainingSet:
         overwrite: replace a file that was made with other settings.
 
     Raises:
-        UserError: it was made with other settings, is none, or its directory is not there.
+        UserError: it was made with other settings, is none, or cannot be written.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path, self.settings = Path(path), settings
-        self.record = self.path.with_name(self.path.name + ".json")
-        if not self.path.parent.is_dir():
-            raise UserError(f"--training-set {path}: there is no directory {self.path.parent}")
+        self.record = record_of(path)
+        check_output("--training-set", path)
         if self.path.exists() and not overwrite:
             self._check()
 
@@ -52,6 +57,9 @@ class TrainingSet:
 
         Returns:
             How many conversations were written, and how many answers were left out.
+
+        Raises:
+            UserError: no answer is whole, or the files cannot be written.
         """
         whole = cut = 0
         work = self.path.with_name(f".{self.path.name}.tmp")
@@ -66,6 +74,7 @@ class TrainingSet:
                         line = {"id": row["id"], "messages": [*row["input"]["messages"], said]}
                         out.write(json.dumps(line, ensure_ascii=False) + "\n")
                         whole += 1
+            to_disk(work)
             record = {"settings": self.settings, "answers": str(answers), "conversations": whole, "cut_off": cut}
             if whole:
                 self.record.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,11 +141,53 @@ def test_a_killed_conversion_leaves_nothing(source, tmp_path, text):
     assert main(["convert", str(source), str(out)]) == 0
 
 
+def test_a_conversion_that_is_told_to_end_leaves_nothing(source, tmp_path, monkeypatch):
+    def told(*_) -> None:
+        assert list(tmp_path.glob(".out.*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("mamba_hybrid.checkpoint.ShardWriter.close", told)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(tmp_path / "out")])
+    assert ended.value.code == 143 and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(["convert", str(source), str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert code == 1 and f"{tmp_path}/out cannot be written" in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main(["convert", str(source), str(out), "--overwrite"]) == 0  # an empty directory
+    assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o644"}
+    monkeypatch.chdir(out)
+    assert main(["convert", str(source), ".", "--keep", "0.25", "--overwrite"]) == 0
+    assert load_model(out).config.mixer_layers == [0, 1, 2]
+    # the source itself, which is read until the new one is whole
+    assert main(["convert", str(out), str(out), "--keep", "0", "--overwrite"]) == 0
+    assert load_model(out).config.mixer_layers == [0, 1, 2, 3]
+    # where the new one cannot take its place, the old one is put back
+    monkeypatch.setattr("mamba_hybrid.checkpoint.to_disk", lambda path: path.parent == tmp_path and shutil.rmtree(path))
+    assert main(["convert", str(source), str(out), "--overwrite"]) == 1
+    assert load_model(out).config.mixer_layers == [0, 1, 2, 3] and list(tmp_path.iterdir()) == [out]
+
+
 ERRORS = {
     "no such source": (["convert", "{tmp}/nothing", "{tmp}/o"], "nothing does not exist"),
     "layers out of range": (
         ["convert", "{src}", "{tmp}/o", "--attention-layers", "1,9"],
-        r"[9] are not among the model's layers 0..3",
+        "[9] are not among the model's layers 0..3",
     ),
     "share out of range": (["convert", "{src}", "{tmp}/o", "--keep", "1.5"], "--keep 1.5"),
     "state heads": (["convert", "{src}", "{tmp}/o", "--state-heads", "5"], "state_heads 5 must be a multiple"),
@@ -171,13 +215,54 @@ ERRORS = {
         ["convert", "{src}", "{tmp}/o", "--calibrate", "{text}", "--calibrate-length", "0"],
         "--calibrate-length 0",
     ),
-    "compare no tokens": (["compare", "{src}", "{src}", "--text", "{text}", "--tokens", "0"], "--tokens 0"),
+    "too few tokens": (
+        [
+            "convert",
+            "{src}",
+            "{tmp}/o",
+            "--calibrate",
+            "{text}",
+            "--calibrate-tokens",
+            "99",
+            "--calibrate-length",
+            "50",
+        ],
+        "--calibrate-tokens 99",
+    ),
+    "half of a character": (
+        ["convert", "{src}", "{tmp}/o", "--calibrate", "{tmp}/half.jsonl", "--calibrate-length", "64"],
+        "half.jsonl, line 2 holds '\\ud83d'",
+    ),
+    "ridge": (["convert", "{src}", "{tmp}/o", "--ridge", "nan"], "--ridge nan"),
+    "no context": (["convert", "{src}", "{tmp}/o", "--max-positions", "0"], "--max-positions 0"),
+    "the paper's start of another kind": (
+        ["convert", "{src}", "{tmp}/o", "--init", "original", "--window", "8", "--gate", "none"],
+        "leave out --window, --gate",
+    ),
+    "compare no tokens": (["compare", "{src}", "{src}", "--text", "{text}", "--tokens", "1"], "--tokens 1"),
+    "compare on one token": (["compare", "{src}", "{src}", "--text", "{tmp}/one.txt"], "one.txt has 1 tokens"),
+    "compare without tokenizer": (
+        ["compare", "{src}", "{tmp}/bare", "--text", "{text}", "--tokens", "8"],
+        "bare has no tokenizer",
+    ),
+    "compare into no directory": (
+        ["compare", "{src}", "{src}", "--text", "{text}", "--json", "{tmp}/none/x.json"],
+        "--json {tmp}/none/x.json: there is no directory",
+    ),
+    "compare into a directory": (
+        ["compare", "{src}", "{src}", "--text", "{text}", "--json", "{tmp}"],
+        "--json {tmp} is a directory",
+    ),
     "compare on no device": (
         ["compare", "{src}", "{src}", "--text", "{text}", "--device", "nonsense"],
         "--device nonsense",
     ),
     "existing out": (["convert", "{src}", "{tmp}"], "--overwrite"),
     "compare without student": (["compare", "{src}", "{tmp}/none", "--text", "{text}"], "none does not exist"),
+    "overwrite what is no checkpoint": (["convert", "{src}", "{tmp}", "--overwrite"], "{tmp} is no checkpoint"),
+    "overwrite a file": (["convert", "{src}", "{tmp}/one.txt", "--overwrite"], "one.txt is no checkpoint"),
+    "inspect no context": (["inspect", "{src}", "--context", "0"], "--context 0"),
+    "inspect fewer than no drafts": (["inspect", "{src}", "--drafts", "-1"], "--drafts -1"),
     "inspect a file": (["inspect", "{tmp}/short.txt"], "is no GGUF file"),
     "import a directory": (["import", "{src}", "{tmp}/o"], "is a directory already"),
 }
@@ -186,7 +271,13 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_bad_input_is_one_line_and_leaves_nothing(case, source, tmp_path, text, capsys):
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "cut \\ud83d"}\n')
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, tmp_path / "bare")
     args, message = ERRORS[case]
+    message = message.format(tmp=tmp_path)
     before = sorted(tmp_path.iterdir())
     code = main([a.format(tmp=tmp_path, src=source, text=text) for a in args])
     err = capsys.readouterr().err

@@ -215,6 +215,7 @@ BAD = {
     "quotes": ({"steps": [{"name": "a", "command": "inspect 'x"}]}, "No closing quotation"),
     "variable": ({"steps": [{"name": "a", "command": "inspect ${nothing}"}]}, "'nothing' not found"),
     "recipe": ({"steps": [DISTIL | {"recipe": "distil_hybrid"}]}, "there is no recipe 'distil_hybrid'"),
+    "recipe of a package": ({"steps": [DISTIL | {"recipe": "no.such"}]}, "there is no recipe 'no.such'"),
     "config": ({"steps": [DISTIL | {"config": "/nowhere.yaml"}]}, "/nowhere.yaml cannot be read"),
     "processes": ({"steps": [DISTIL | {"processes": 0}]}, "processes 0"),
     "override": ({"steps": [DISTIL | {"overrides": {"loss.kl_wait": 1}}]}, "has no key loss.kl_wait"),
@@ -238,6 +239,12 @@ def test_refused_before_anything_runs(case, write, tmp_path, capsys):
 def test_variables_that_there_are_not(change, write, capsys):
     assert main(["run", str(write()), change]) == 1
     assert f"{change}: give key=value" in capsys.readouterr().err
+
+
+def test_a_variable_that_is_no_yaml(write, capsys):
+    assert main(["run", str(write()), "teacher=["]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: teacher=[: the value is no YAML") and err.count("\n") == 1
 
 
 def test_values_arrive_as_they_are(write, steps, tmp_path):

@@ -81,12 +81,19 @@ def test_the_mean_is_of_the_last_ten():
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "has no metrics.jsonl"), ("", "has no rows yet"), ("x\n{}\n", "line 1 is no row")]
+    "content, message",
+    [
+        (None, "has no metrics.jsonl"),
+        (b"", "has no rows yet"),
+        (b"x\n{}\n", "line 1 is no row"),
+        (b"\xff", "metrics.jsonl cannot be read"),
+        (b'{"step": 1}', "no metric to draw"),
+    ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, message, capsys):
     if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    assert main(["report", str(tmp_path)]) == 1
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 1
     assert message in capsys.readouterr().err
 
 

@@ -118,6 +118,9 @@ def test_bad_sources(tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(UserError, match="'gpt2' model; this converts llama, mistral, qwen2"):
         open_source(other)
+    (other / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"index.json cannot be read"):
+        open_source(other)
     (other / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         open_source(other)

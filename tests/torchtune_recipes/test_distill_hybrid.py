@@ -13,11 +13,11 @@ from mamba_hybrid.draft import cut
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.flops import distillation_flops
 from tests.tiny import save_transformer
-from torchtune_recipes.distill_hybrid import DistillHybrid, run
+from torchtune_recipes.distill_hybrid import DistillHybrid, main, run
 from torchtune_recipes.models import PARTS
 from torchtune_recipes.recipe import component
 
-from .conftest import branch, metrics, start
+from .conftest import CONFIG, branch, metrics, start
 
 SAME = ("step", "loss", "kl", "ce", "agreement", "tokens", "grad_norm", "lr_mixer", "lr_rest", "epoch")
 
@@ -304,6 +304,7 @@ def test_numbers_that_are_not_finite_stop_the_run(config, capsys, tmp_path):
     assert all(int(p.name.removeprefix("step_")) <= len(steps) for p in (tmp_path / "run").glob("step_*"))
 
 
+LOGGER = "torchtune_recipes.metrics.JSONLLogger"
 BAD = {
     "no teacher": ({"teacher": "/nowhere"}, "/nowhere"),
     "no student": ({"student": "/nowhere"}, "/nowhere"),
@@ -316,6 +317,10 @@ BAD = {
     "checkpoints": ({"checkpoint_every_n_steps": -5}, "checkpoint_every_n_steps -5"),
     "steps": ({"max_steps": None}, "max_steps or epochs"),
     "rate": ({"mixer_lr": -1.0}, "mixer_lr -1.0"),
+    "seed": ({"seed": "one"}, "seed 'one'"),
+    "switch": ({"compile": "maybe"}, "compile 'maybe' must be True or False"),
+    "optimizer": ({"optimizer._component_": "torch.optim.Adm"}, "module 'torch.optim'"),
+    "metrics": ({"metric_loggers": [{"_component_": LOGGER, "path": "/dev/null/m.jsonl"}]}, "/dev/null/m.jsonl cannot"),
     "dtype": ({"dtype": "fp8"}, "dtype 'fp8' is none of fp32, bf16"),
     "device": ({"device": "tpu"}, "device 'tpu' is not here"),
     "length": ({"dataset.max_seq_len": 100_000}, "over the models' context"),
@@ -342,6 +347,28 @@ def test_bad_input_is_one_clear_line(case, config, capsys, tmp_path):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and says in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "code"),
+    [
+        (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'", 1),
+        (["--config", str(CONFIG), "batch_size"], "key=value, got batch_size", 1),
+        (["--config", str(CONFIG), "max_steps=["], "parsing a flow node", 1),
+        (["--config", str(CONFIG), "--batch_size", "3"], "['--batch_size']", 1),
+        (["--config", str(CONFIG), "batch_size=0"], "batch_size 0", 1),
+        ([], "required: --config", 2),
+        (["--help"], "", 0),
+    ],
+)
+def test_command_lines(words, says, code, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["distill_hybrid", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    err = capsys.readouterr().err
+    assert (
+        ended.value.code == code and says in err and (code != 1 or (err.startswith("error: ") and err.count("\n") == 1))
+    )
 
 
 def test_other_vocabularies_are_refused(config, capsys, tmp_path, models):

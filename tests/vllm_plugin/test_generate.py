@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,7 @@ def test_rows(tmp_path, tokenizer):
         ('{"messages": [{"role": "user"}]}', "a 'role' and a 'content'"),
         ('{"prompt": "w9", "id": "a"}', "id 'a' is that of line 1"),
         ('{"prompt": "w9", "id": 1.5}', "id 1.5 is neither"),
+        ('{"prompt": "w9", "id": "\\ud83d"}', r"line 2 holds '\\ud83d'"),
     ],
 )
 def test_bad_row(tmp_path, tokenizer, line, says):
@@ -85,6 +87,11 @@ def test_no_chat_template(tmp_path, tokenizer):
         (["--n", "2"], ["--n 2", "--temperature"]),
         (["--temperature", "-1"], ["--temperature -1"]),
         (["--temperature", "nan"], ["--temperature nan"]),
+        (["--temperature", "inf"], ["--temperature inf"]),
+        (["--skip-long", "--max-tokens", "1023"], ["--skip-long", "--max-tokens 1023", "1024"]),
+        (["--overwrite", "--output", "in.jsonl"], ["--output in.jsonl is --input too"]),
+        (["--training-set", "in.jsonl", "--overwrite"], ["--training-set in.jsonl is --input too"]),
+        (["--training-set", "out"], ["record of --training-set out.json is --output too"]),
         (["--top-p", "0"], ["--top-p 0"]),
         (["--batch", "0"], ["--batch 0"]),
         (["--speculative-config", "{"], ["--speculative-config", "no JSON"]),
@@ -92,15 +99,16 @@ def test_no_chat_template(tmp_path, tokenizer):
         (["--training-set", "set.jsonl"], ["in.jsonl, line 1 has a 'prompt'", "--training-set"]),
     ],
 )
-def test_refused_before_the_engine_starts(hybrids, tmp_path, capsys, flags, words):
-    rows, out = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+def test_refused_before_the_engine_starts(hybrids, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    rows, out = write(tmp_path / "in.jsonl", GOOD), tmp_path / "out.json"
     start = time.monotonic()
     code = main(["generate", str(hybrids["shared"]), "--input", str(rows), "--output", str(out), *flags])
     assert code == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ")
     assert all(word in errors[0] for word in words), errors
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == [rows] and rows.read_text() == f"{GOOD}\n"
     assert time.monotonic() - start < 10
 
 
@@ -166,6 +174,27 @@ def test_results_leave_no_empty_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="cannot be written"):
         Results(tmp_path / "no" / "out.jsonl", SETTINGS, INPUTS)
+
+
+def test_results_on_a_full_disk(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Results(path, SETTINGS, INPUTS) as results:
+        results.append(answer(1))
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(UserError, match=r"cannot be written.*run again"),
+            Results(path, SETTINGS, INPUTS) as results,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, limits[1]))
+            results.append(answer(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(path.read_bytes()) == len(whole) + 9
+    with Results(path, SETTINGS, INPUTS) as results:
+        assert results.done == {1}
+    assert path.read_bytes() == whole
 
 
 def test_fingerprint_and_seed(hybrids, tmp_path):

@@ -1,0 +1,46 @@
+"""Files that commands write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+
+def check_output(flag: str, path: str | Path) -> None:
+    """Look before a long run whether a file can be written after it.
+
+    Args:
+        flag: the command's, for the message.
+        path: of the file, which may exist.
+
+    Raises:
+        UserError: it is a directory, or its own directory is not there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a directory; give a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no directory {path.parent}")
+
+
+def write_output(flag: str, path: str | Path, data: bytes) -> None:
+    """Write the file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(path).write_bytes(data)
+    except OSError as e:
+        raise UserError(f"{flag} {path} cannot be written: {e.strerror}") from e
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or of a directory its list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
