@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mamba_hybrid_kernels import ForwardKL, forward_kl
-from mamba_hybrid_kernels.forward_kl import IGNORED
+from mamba_hybrid_kernels.forward_kl import IGNORED, labelled, log_shares
 from torch import Tensor
 
 
@@ -173,21 +173,16 @@ def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -
 def _other(s_KV, t_KV, labels_K, other, setting, slope) -> tuple[ForwardKL, Tensor]:
     """As `forward_kl`, with the slope of another divergence and its value."""
     a, b, tau, *_ = setting
-    valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
-    agree = ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
-    log_p_KV = t_KV.div_(tau).log_softmax(-1)
-    log_q_KV = s_KV.log_softmax(-1)
-    ce = -log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
-    log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)  # the student at the temperature
+    log_p_KV, log_r_KV, log_q_KV, ce, agree = log_shares(s_KV, t_KV, labels_K, tau)
+    ignored_K = labels_K == IGNORED
     value_K, slope_KV = other[0](log_p_KV, log_r_KV, other[1])
     p_KV = log_p_KV.exp()
-    kl = (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
-    value = value_K.masked_fill(~valid_K, 0).sum()
+    kl = log_p_KV.sub_(log_r_KV).mul_(p_KV).sum(-1).masked_fill(ignored_K, 0).sum()
+    value = value_K.masked_fill(ignored_K, 0).sum()
     if slope is None:
         return ForwardKL(kl, ce, agree, None), value
     slope_KV = slope_KV.mul_(a * tau).add_(log_q_KV.exp_(), alpha=b)
-    slope_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=slope_KV.dtype))
-    return ForwardKL(kl, ce, agree, slope_KV.masked_fill_(~valid_K[:, None], 0).to(slope)), value
+    return ForwardKL(kl, ce, agree, labelled(slope_KV, labels_K, b).to(slope)), value
 
 
 class _ChunkedDistillation(torch.autograd.Function):

@@ -67,22 +67,34 @@ def forward_kl(
         kl_K, ce_K, agree_K = forward_kl_op(s_KV, t_KV, labels_K, kl_weight, ce_weight, temperature, slope_KV)
         return ForwardKL(kl_K.sum(), ce_K.sum(), agree_K.sum(), slope_KV)
     tau, a, b = temperature, kl_weight, ce_weight
-    valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
-    agree = ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
-    log_p_KV = t_KV.div_(tau).log_softmax(-1)
-    log_q_KV = s_KV.log_softmax(-1)
-    ce = -log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
-    log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)
+    log_p_KV, log_r_KV, log_q_KV, ce, agree = log_shares(s_KV, t_KV, labels_K, tau)
     p_KV = log_p_KV.exp()
-    kl = (log_p_KV.sub_(log_r_KV).mul_(p_KV)).sum(-1).masked_fill(~valid_K, 0).sum()
+    kl = log_p_KV.sub_(log_r_KV).mul_(p_KV).sum(-1).masked_fill(labels_K == IGNORED, 0).sum()
     if slope is None:
         return ForwardKL(kl, ce, agree, None)
     if tau == 1:
         slope_KV = log_q_KV.exp_().mul_(a + b).sub_(p_KV, alpha=a)
     else:
         slope_KV = log_r_KV.exp_().mul_(a * tau).add_(log_q_KV.exp_(), alpha=b).sub_(p_KV, alpha=a * tau)
+    return ForwardKL(kl, ce, agree, labelled(slope_KV, labels_K, b).to(slope))
+
+
+def log_shares(s_KV: Tensor, t_KV: Tensor, labels_K: Tensor, tau: float) -> tuple[Tensor, ...]:
+    """log p, log r, log q (K, V; r is q at the temperature 1), ce and agree; both logits are used up."""
+    valid_K, label_K1 = labels_K != IGNORED, labels_K.clamp(min=0)[:, None]
+    agree = ((s_KV.argmax(-1) == t_KV.argmax(-1)) & valid_K).sum()
+    log_p_KV = t_KV.div_(tau).log_softmax(-1)
+    log_q_KV = s_KV.log_softmax(-1)
+    ce = -log_q_KV.gather(-1, label_K1)[:, 0].masked_fill(~valid_K, 0).sum()
+    log_r_KV = log_q_KV if tau == 1 else s_KV.div_(tau).log_softmax(-1)
+    return log_p_KV, log_r_KV, log_q_KV, ce, agree
+
+
+def labelled(slope_KV: Tensor, labels_K: Tensor, b: float) -> Tensor:
+    """The slope, in place, with its term of the labels, - b onehot(label), and 0 for tokens without one."""
+    label_K1 = labels_K.clamp(min=0)[:, None]
     slope_KV.scatter_add_(-1, label_K1, torch.full_like(label_K1, -b, dtype=slope_KV.dtype))
-    return ForwardKL(kl, ce, agree, slope_KV.masked_fill_(~valid_K[:, None], 0).to(slope))
+    return slope_KV.masked_fill_((labels_K == IGNORED)[:, None], 0)
 
 
 @torch.library.custom_op("mamba_hybrid::forward_kl", mutates_args=("slope_KV",))
