@@ -41,7 +41,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; flags of vllm serve stand behind DIR" if args.command == "serve" else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # key=value behind flags, which argparse does not put together
         args.overrides += rest
     return args

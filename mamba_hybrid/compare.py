@@ -84,6 +84,7 @@ def compare(
         other = load_model(student, dtype).to(device)
         check_vocabularies(source.path, model, Path(student), other)
         result[student] = _distance(model, hidden, other, rows, passage_T, Path(student).name)
+        del other  # before the next one is loaded
     return result
 
 

@@ -128,7 +128,10 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a Hugging Face directory or a .gguf file")
+        raise UserError(
+            f"{path} does not exist; give a Hugging Face directory or a .gguf file (hf download NAME --local-dir DIR "
+            "fetches one from the hub)"
+        )
     source = _open_directory(path) if path.is_dir() else _open_gguf(path)
     kind = source.config.model_type
     if kind not in (*FAMILIES, HybridMambaConfig.model_type):

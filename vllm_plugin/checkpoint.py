@@ -36,6 +36,8 @@ def check_servable(path: str) -> PretrainedConfig:
 def engine_environment() -> dict[str, str]:
     """Environment variables of vLLM with defaults for what is unset: on a CPU its cache takes a quarter of the free
     memory (1 to 16 GiB), where vLLM would take almost all. A GPU's engine does not read that."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    import psutil  # comes with vLLM
+
+    free = psutil.virtual_memory().available / 2**30  # what the system has cached of files is free too
     defaults = {KV_CACHE: str(int(min(max(free / 4, 1), 16))), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     return {name: os.environ.get(name, value) for name, value in defaults.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mamba_hybrid.checkpoint import load_model
+from mamba_hybrid.cli import main
 
 from .tiny_hybrid import prompts, reference, text
 
@@ -142,6 +143,12 @@ def test_vllm_command_with_the_cpu_alias(tmp_path, environment):
     done = subprocess.run([BIN / "vllm", "--version"], env=found, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("0.32.0+cpu")
+
+
+def test_flags_stand_behind_the_directory(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "1", "somewhere"])
+    assert ended.value.code == 2 and "--port; flags of vllm serve stand behind DIR" in capsys.readouterr().err
 
 
 def test_cpu_flags(monkeypatch):
