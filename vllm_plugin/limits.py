@@ -33,17 +33,17 @@ class Limits(VerifyAndUpdateConfig):
 
         When it caches prefixes, vLLM copies the state between blocks. Its Model Runner V1 does so by rules for one
         state per drafted token, which a slot is not (V2 lets us copy: `snapshots.py`). A draft model's mixers work in
-        blocks that the target has not come to yet. In a model without attention layers vLLM may end a block's last
-        chunk before the block's end, which makes the cached state one of an earlier position. And a pipeline stage
-        without mixers has no state that vLLM could copy, which it takes for an error. The tokens are the same without
-        the cache, so this is a warning and not an error.
+        blocks that the target has not come to yet. And in a model without attention layers vLLM may end a block's last
+        chunk before the block's end, which makes the cached state one of an earlier position. The tokens are the same
+        without the cache, so this is a warning and not an error.
 
         Also set here, unless the user names others: the worker that compiles our kernels before it serves, and the
         scheduler that counts for the metrics.
 
         Raises:
-            ValueError: KV heads that do not divide among the devices, a hybrid draft model on fewer devices than the
-                target, or a state dtype other than fp32 and bf16.
+            ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
+                of layers, a hybrid draft model on fewer devices than the target, or a state dtype other than fp32 and
+                bf16.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -52,6 +52,14 @@ class Limits(VerifyAndUpdateConfig):
                 f"--tensor-parallel-size {devices} does not divide the model's {groups} key/value heads; a mixer is "
                 "cut between them"
             )
+        kinds, stages = vllm_config.model_config.hf_config.layer_types, parallel.pipeline_parallel_size
+        for stage in range(stages):
+            if lacking := set(kinds) - set(kinds[slice(*get_pp_indices(len(kinds), stage, stages))]):
+                name = "mixers" if MIXER in lacking else "attention layers"
+                raise ValueError(
+                    f"--pipeline-parallel-size {stages} leaves stage {stage} without {name}, and vLLM 0.32 gives wrong "
+                    "tokens or none then; take fewer stages, or cut them elsewhere with VLLM_PP_LAYER_PARTITION"
+                )
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             raise ValueError(
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
@@ -73,8 +81,6 @@ class Limits(VerifyAndUpdateConfig):
             obstacle = "with a draft model that has mixers"
         elif ATTENTION not in vllm_config.model_config.hf_config.layer_types:
             obstacle = "without attention layers"
-        elif not all(MIXER in stage for stage in _stages(vllm_config)):
-            obstacle = "with a pipeline stage that has no mixers"
         if cache.enable_prefix_caching and obstacle:
             logger.warning(
                 "Prefix caching is switched off: a hybrid %s cannot have it in this vLLM. "
@@ -88,12 +94,6 @@ class Limits(VerifyAndUpdateConfig):
         if counted and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
             share_metrics()
-
-
-def _stages(vllm_config: VllmConfig) -> list[list[str]]:
-    """The kinds of layers of each pipeline stage."""
-    kinds, stages = vllm_config.model_config.hf_config.layer_types, vllm_config.parallel_config.pipeline_parallel_size
-    return [kinds[slice(*get_pp_indices(len(kinds), stage, stages))] for stage in range(stages)]
 
 
 def _has_mixers(model_config: ModelConfig) -> bool:

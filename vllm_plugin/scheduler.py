@@ -72,13 +72,12 @@ class CountingScheduler(Scheduler):
         directory, config = metrics_directory(), self.vllm_config
         if not self.log_stats or directory is None:
             return
-        # the model's own mixers all stand at the same checkpoint, so one group tells of all; this is the first
-        # pipeline stage's view, and a group may have none of its layers there
+        # the model's own mixers all stand at the same checkpoint, so one group tells of all
         self.mixer_group, spec = next(
             (i, group.kv_cache_spec)
             for i, group in enumerate(self.kv_cache_config.kv_cache_groups)
             if isinstance(group.kv_cache_spec, MambaSpec)
-            and not (group.layer_names and all(name.startswith("draft_model") for name in group.layer_names))
+            and not all(name.startswith("draft_model") for name in group.layer_names)
         )
         speculative = config.speculative_config
         # with adaptive verification only the device knows how long its steps are

@@ -50,6 +50,7 @@ def engine(
     [
         ({"tensor": 4}, "--tensor-parallel-size 4 does not divide the model's 2 key/value heads"),
         ({"state": "float16"}, "--mamba-ssm-cache-dtype float16"),
+        ({"stages": 2}, "--pipeline-parallel-size 2 leaves stage 0 without mixers"),
         (
             {"tensor": 2, "drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
             "draft_tensor_parallel_size 1 of a draft model with mixers must be --tensor-parallel-size 2",
@@ -75,7 +76,6 @@ def test_refuses(changes, flag):
         ),
         (["linear_attention", "linear_attention"], {}, False),
         (["linear_attention", "full_attention"] * 2, {"stages": 2}, True),
-        (["linear_attention", "linear_attention", "full_attention", "full_attention"], {"stages": 2}, False),
     ],
 )
 def test_prefix_caching_where_it_fits(layers, changes, stays):
