@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mamba_hybrid_kernels import SlotLayout
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -40,7 +41,9 @@ class Limits(VerifyAndUpdateConfig):
         scheduler that counts for the metrics.
 
         Raises:
-            ValueError: KV heads that do not divide among the devices, or a state dtype other than fp32 and bf16.
+            ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
+                of layers, a hybrid draft model on fewer devices than the target, or a state dtype other than fp32 and
+                bf16.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -49,12 +52,27 @@ class Limits(VerifyAndUpdateConfig):
                 f"--tensor-parallel-size {devices} does not divide the model's {groups} key/value heads; a mixer is "
                 "cut between them"
             )
+        kinds, stages = vllm_config.model_config.hf_config.layer_types, parallel.pipeline_parallel_size
+        for stage in range(stages):
+            if lacking := set(kinds) - set(kinds[slice(*get_pp_indices(len(kinds), stage, stages))]):
+                name = "mixers" if MIXER in lacking else "attention layers"
+                raise ValueError(
+                    f"--pipeline-parallel-size {stages} leaves stage {stage} without {name}, and vLLM 0.32 gives wrong "
+                    "tokens or none then; take fewer stages, or cut them elsewhere with VLLM_PP_LAYER_PARTITION"
+                )
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             raise ValueError(
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
             )
         obstacle, speculative = None, vllm_config.speculative_config
         drafted = speculative is not None and speculative.uses_draft_model()
+        if drafted and _has_mixers(speculative.draft_model_config):
+            its = speculative.draft_tensor_parallel_size
+            if its != devices:  # vLLM builds its layers for the target's devices all the same
+                raise ValueError(
+                    f"draft_tensor_parallel_size {its} of a draft model with mixers must be --tensor-parallel-size "
+                    f"{devices}; leave it out"
+                )
         if current_platform.is_cuda() and parallel.worker_cls == "auto":
             parallel.worker_cls = "vllm_plugin.worker.HybridWorker"
         if speculative is not None and not vllm_config.use_v2_model_runner:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING
 
+from mamba_hybrid.config import MIXER
+
 from .limits import slot_layout
 
 if TYPE_CHECKING:
@@ -18,12 +20,15 @@ def memory_line(vllm_config: VllmConfig, group: int) -> str:
 
     Args:
         vllm_config: the engine's, with the number of its blocks.
-        group: layers of a cache group; vLLM makes groups of one size, which share each block's memory.
+        group: layers of a cache group on this device; vLLM makes groups of one size, which share each block's memory.
     """
     config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
     layout = slot_layout(vllm_config)
-    mixers = len(config.mixer_layers)
-    attention = config.num_hidden_layers - mixers
+    kinds = config.layer_types[
+        slice(*vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config))
+    ]
+    mixers = kinds.count(MIXER)
+    attention = len(kinds) - mixers
     width = FP8_BYTES if cache.cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
     token = 2 * attention * layout.groups * config.head_dim * width
     tokens = vllm_config.model_config.max_model_len

@@ -2,7 +2,8 @@
 speculation, one engine after another.
 
     python benchmarks/serving/decode.py --out decode.csv [--systems groups,groups-4,stock] [--batches 1,32,256]
-                                        [--context 2048] [--seconds 2] [--memory 0.9] [--warm]
+                                        [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
+                                        [--warm]
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py), with "-K" after it a two-layer draft model of
 the same kind that drafts K tokens. A dummy model agrees with no one, so each draft is accepted with probability
@@ -11,7 +12,10 @@ verification judges drafts by the draft model's logits, so that dummy ones canno
 
 The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. Where
 not all sequences fit into the memory, "running" says how many did. --warm only starts the engines, several at once, so
-that what torch.compile and Triton make is on disk for the timed start.
+that what torch.compile and Triton make is on disk for the timed start. With several tensor parallel sizes each system
+is started with each of them, on so many GPUs, and sums by vLLM's own kernels and NCCL (not over NVLink multicast: no
+symmetric memory, no FlashInfer all-reduce or its fusion with norms). A row is in the CSV as soon as it is there, and
+good rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -26,18 +30,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines import environment, plugin, printed_rows, save
+from engines import environment, load, parallel, plugin, printed_rows, save
 from shapes import write
 
 KINDS = ("llama", "stock", "heads", "groups")
 SYSTEMS = (*KINDS, "stock-4", "heads-4", "groups-4", "heads-8", "groups-8")
-COLUMNS = ("system", "batch", "running", "context", "tokens_per_second", "status", "blocks", "gpu")
+COLUMNS = ("system", "gpus", "batch", "running", "context", "tokens_per_second", "status", "blocks", "gpu")
 SETTLE = 8  # steps after the last prompt before the clock starts
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
 
-def arguments_of(system: str, folder: Path, args: argparse.Namespace) -> dict:
-    """vLLM's arguments for a system."""
+def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int = 1) -> dict:
+    """vLLM's arguments for a system on so many GPUs."""
     kind, _, drafts = system.partition("-")
     room = args.context + args.room
     engine = {
@@ -45,7 +49,7 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace) -> dict:
         "max_model_len": room, "max_num_seqs": max(args.batches), "enable_prefix_caching": False,
         "max_num_batched_tokens": 256 if args.tiny else 8192, "gpu_memory_utilization": args.memory,
         "mamba_ssm_cache_dtype": "float32", "disable_log_stats": True, "enforce_eager": args.tiny,
-    }  # fmt: skip
+    } | parallel(gpus)  # fmt: skip
     if drafts:
         K = int(drafts)
         # vLLM's Mamba-2 mixer cannot draft: its two-layer drafter is a Llama
@@ -91,7 +95,7 @@ def rate(engine, batch: int, args: argparse.Namespace) -> tuple[int, float]:
     return len(started), tokens / took
 
 
-def measure(system: str, args: argparse.Namespace) -> None:
+def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace) -> None:
     """Start one engine in this process and print a JSON line for each batch."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import EngineArgs
@@ -99,19 +103,20 @@ def measure(system: str, args: argparse.Namespace) -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     with tempfile.TemporaryDirectory() as folder:
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args)))
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args, gpus)))
         cache = engine.vllm_config.cache_config
-        for batch in () if args.warm else args.batches:
+        for batch in () if args.warm else batches:
             running, tokens = rate(engine, batch, args)
-            row = {"system": system, "batch": batch, "running": running, "context": args.context}
+            row = {"system": system, "gpus": gpus, "batch": batch, "running": running, "context": args.context}
             row["tokens_per_second"] = round(tokens, 1)
             row |= {"status": "ok", "blocks": cache.num_gpu_blocks, "gpu": current_platform.get_device_name()}
             print(json.dumps(row), flush=True)
 
 
-def run(system: str, argv: list[str], known: Path) -> subprocess.Popen:
+def run(system: str, gpus: int, batches: list[int], known: Path) -> subprocess.Popen:
     """A process for a system."""
-    command = [sys.executable, __file__, "--one", system, *argv]
+    one = f"{system} {gpus} {','.join(map(str, batches))}"
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
 
 
@@ -121,6 +126,9 @@ def main() -> int:
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
     parser.add_argument(
         "--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64, 128, 256]
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=lambda text: [int(n) for n in text.split(",")], default=[1], help="1, or 1,2 ..."
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--room", type=int, default=2048, help="tokens that a sequence may get")
@@ -132,7 +140,8 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        measure(args.one, args)
+        system, gpus, batches = args.one.split()
+        measure(system, int(gpus), [int(n) for n in batches.split(",")], args)
         return 0
     unknown = [s for s in args.systems if s.partition("-")[0] not in KINDS]
     if unknown:
@@ -143,21 +152,30 @@ def main() -> int:
 
 def compare(args: argparse.Namespace, known: Path) -> int:
     """All systems, one after another; the exit status."""
-    argv = sys.argv[1:]
+    engines = [(system, gpus) for gpus in args.tensor_parallel_size for system in args.systems]
     if args.warm:
-        processes = [run(system, argv, known) for system in args.systems]
+        processes = [run(system, gpus, args.batches, known) for system, gpus in engines]
         return max(process.wait() for process in processes)
-    rows: list[dict] = []
-    for system in args.systems:
+    rows = [row for row in load(args.out) if row["status"] == "ok"]
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        if args.out:
+            save(args.out, COLUMNS, rows)
+
+    measured = {(row["system"], int(row["gpus"]), int(row["batch"]), int(row["context"])) for row in rows}
+    for system, gpus in engines:
+        left = [batch for batch in args.batches if (system, gpus, batch, args.context) not in measured]
+        if not left:
+            continue
         began = time.perf_counter()
-        process = run(system, argv, known)
-        rows += printed_rows(process)
+        process = run(system, gpus, left, known)
+        for row in printed_rows(process):
+            add(row)
         code = process.wait()
-        print(f"{system}: exit {code} after {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{system} on {gpus}: exit {code} after {time.perf_counter() - began:.0f} s", flush=True)
         if code:
-            rows.append({"system": system, "status": f"exit {code}"})
-    if args.out:
-        save(args.out, COLUMNS, rows)
+            add({"system": system, "gpus": gpus, "status": f"exit {code}"})
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 

@@ -6,8 +6,18 @@ import csv
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+# of several GPUs: no all-reduce over NVLink multicast, which is not everyone's on a host that is shared
+NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+
+
+def parallel(gpus: int) -> dict:
+    """vLLM's arguments for so many GPUs; see NO_MULTICAST."""
+    if gpus == 1:
+        return {}
+    return {"tensor_parallel_size": gpus, "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}}
 
 
 def plugin(folder: Path) -> Path:
@@ -22,18 +32,24 @@ def plugin(folder: Path) -> Path:
 def environment(known: Path, **more: str) -> dict[str, str]:
     """For a process that finds the scripts of this folder and the plugin in `known`."""
     paths = [str(Path(__file__).parent), str(known), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
+    return NO_MULTICAST | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
 
 
-def printed_rows(process: subprocess.Popen) -> list[dict]:
+def printed_rows(process: subprocess.Popen) -> Iterator[dict]:
     """The JSON lines that a process prints, shown as they come, until it closes its output."""
-    rows = []
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
-            rows.append(json.loads(line))
             print(line.strip(), flush=True)
-    return rows
+            yield json.loads(line)
+
+
+def load(file: Path | None) -> list[dict]:
+    """Rows of a CSV that `save` wrote, none where there is no such file; all values are text."""
+    if file is None or not file.is_file():
+        return []
+    with file.open(newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def save(file: Path, columns: Sequence[str], rows: list[dict]) -> None:

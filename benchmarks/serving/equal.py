@@ -1,16 +1,22 @@
-"""What speculation changes in greedy decoding: the share of prompts that get the same tokens with and without drafts.
+"""What speculation and several GPUs change in greedy decoding: the share of prompts that get the same tokens as on one
+GPU without drafts.
 
     PYTHONPATH=. python benchmarks/serving/equal.py [--systems heads,groups,stock] [--dtypes float32,bfloat16]
-                                                    [--drafts 4,8] [--out equal.csv]
+                                                    [--drafts 4,8] [--tensor-parallel-size 1,2] [--out equal.csv]
 
 Small random models of two attention layers and two mixers: ours with a state per query head or per KV head, and the
-same with vLLM's Mamba-2 mixer. 64 prompts of 1 to 4,000 tokens, 256 new ones, 16 sequences at once, drafts by ngram,
-CUDA graphs, Model Runner V2; two rounds, so that recycled slots count.
+same with vLLM's Mamba-2 mixer. 64 prompts of 1 to 4,000 tokens, 256 new ones, 16 sequences at once, CUDA graphs, Model
+Runner V2; two rounds, so that recycled slots count. Drafts are by ngram, or with "model-4" by a hybrid of the same kind
+whose matrices are off by 3 %.
 
 For each pair the table gives the share of equal prompts and, where a prompt parts, how far the best two logits were
 apart at that token without drafts: rounding parts only ties, a wrong state parts anything. The exit status is 1 if
-speculation changed tokens of ours in fp32, or in bf16 where the gap is above --tie: these logits reach 32, where bf16
-has steps of 0.125, and a step with drafts multiplies matrices of other shapes than one without.
+tokens of ours changed in fp32 on one GPU; on several, which add in another order, where the gap is above 0.001; or in
+bf16 where it is above --tie: these logits reach 32, where bf16 has steps of 0.125, and a step with drafts multiplies
+matrices of other shapes than one without. Several GPUs sum as in decode.py. A row is in the CSV as soon as it is there,
+and rows that are there are not measured again.
+
+A trial on a CPU: --eager --dtypes float32 --drafts 4 --prompts 4 --new 16 --longest 200 --at-once 1.
 """
 
 from __future__ import annotations
@@ -25,20 +31,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from engines import environment, plugin, save
+from engines import environment, load, parallel, plugin, save
 
-PROMPTS, NEW, CONTEXT, VOCAB = 64, 256, 4400, 512
+VOCAB = 512
 SYSTEMS, DTYPES = ("heads", "groups", "stock"), ("float32", "bfloat16")
-COLUMNS = ("system", "dtype", "drafts", "equal", "prompts", "accepted", "largest_gap", "median_gap", "gpu")
+COLUMNS = ("system", "dtype", "drafts", "gpus", "equal", "prompts", "accepted", "largest_gap", "median_gap", "gpu")
+NOISE = 1e-3  # gap of fp32 logits up to which another order of sums may part
 HEADS, GROUPS, WIDTH, HIDDEN = 4, 2, 32, 128
 
 
-def asked() -> list[list[int]]:
+def asked(count: int, longest: int) -> list[list[int]]:
     """Prompts of all lengths, every eighth of which repeats itself, so that ngrams are found."""
     rng = random.Random(0)
-    lengths = [1, 2, 4000] + [int(4000 ** rng.random()) for _ in range(PROMPTS - 3)]
+    lengths = [1, 2, longest] + [int(longest ** rng.random()) for _ in range(count - 3)]
     result = [[rng.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
-    for i in range(0, PROMPTS, 8):
+    for i in range(0, count, 8):
         n = len(result[i])
         result[i] = (result[i][: max(n // 3, 1)] * 4)[:n]
     return result
@@ -94,8 +101,8 @@ def generate(job: dict) -> dict:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(**job["llm"])
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=2)
-    prompts = [TokensPrompt(prompt_token_ids=p) for p in asked()]
+    sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=2)
+    prompts = [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]]
     rounds, gaps = [], []
     for _ in range(2):
         outs = [out.outputs[0] for out in llm.generate(prompts, sampling, use_tqdm=False)]
@@ -109,22 +116,32 @@ def generate(job: dict) -> dict:
     return {"rounds": rounds, "gaps": gaps, "accepted": accepted, "gpu": name}
 
 
-def run(model: Path, dtype: str, drafts: int, folder: Path, args: argparse.Namespace) -> dict | str:
+def run(model: Path, dtype: str, drafts: str, gpus: int, folder: Path, args: argparse.Namespace) -> dict | str:
     """What one engine generated, in a process of its own; the end of its log if it failed."""
     llm = {
-        "model": str(model), "dtype": dtype, "skip_tokenizer_init": True, "max_model_len": CONTEXT,
+        "model": str(model), "dtype": dtype, "skip_tokenizer_init": True, "max_model_len": args.longest + args.new,
         "max_num_seqs": 16, "max_num_batched_tokens": 512, "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.05, "num_gpu_blocks_override": 4000, "disable_log_stats": False,
         "mamba_ssm_cache_dtype": "float32", "enforce_eager": args.eager,
-    }  # fmt: skip
-    if drafts:
+    } | parallel(gpus)  # fmt: skip
+    method, _, number = drafts.rpartition("-")
+    if method == "model":
         llm["speculative_config"] = {
-            "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+            "method": "draft_model", "num_speculative_tokens": int(number),
+            "model": str(model.with_name(f"{model.name}-draft")),
         }  # fmt: skip
-    file = folder / f"{model.name}-{dtype}-{drafts}.json"
+    elif drafts != "0":
+        llm["speculative_config"] = {
+            "method": "ngram", "num_speculative_tokens": int(number), "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+        }  # fmt: skip
+    file = folder / f"{model.name}-{dtype}-{drafts}-{gpus}.json"
     # vLLM's Triton attention rounds fp32 to tf32 unless Triton is told otherwise
-    switches = {"TRITON_F32_DEFAULT": "ieee", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, __file__, "--one", json.dumps({"llm": llm, "file": str(file)})]
+    switches = {"TRITON_F32_DEFAULT": "ieee", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if torch.cuda.is_available():
+        switches["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    job = {"llm": llm, "file": str(file), "prompts": asked(args.prompts, args.longest), "new": args.new}
+    file.with_suffix(".job").write_text(json.dumps(job))
+    command = [sys.executable, __file__, "--one", str(file.with_suffix(".job"))]
     with file.with_suffix(".log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment(folder, **switches)).returncode
     if code:
@@ -140,12 +157,14 @@ def compare(plain: dict, drafted: dict) -> dict:
         for mine, theirs, apart in zip(tokens, answers, gap, strict=True):
             equal += mine == theirs
             if mine != theirs:
-                gaps.append(apart[next(i for i in range(NEW) if mine[i] != theirs[i])])
+                gaps.append(next(g for g, a, b in zip(apart, mine, theirs, strict=True) if a != b))
     gaps.sort()
+    accepted = drafted["accepted"]
     return {
-        "equal": equal, "prompts": 2 * PROMPTS, "accepted": round(drafted["accepted"], 3), "gpu": plain["gpu"],
-        "largest_gap": round(gaps[-1], 4) if gaps else None,
-        "median_gap": round(gaps[len(gaps) // 2], 4) if gaps else None,
+        "equal": equal, "prompts": sum(map(len, plain["rounds"])), "gpu": plain["gpu"],
+        "accepted": None if accepted is None else round(accepted, 3),
+        "largest_gap": float(f"{gaps[-1]:.3g}") if gaps else None,
+        "median_gap": float(f"{gaps[len(gaps) // 2]:.3g}") if gaps else None,
     }  # fmt: skip
 
 
@@ -153,20 +172,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, values in (("systems", SYSTEMS), ("dtypes", DTYPES), ("drafts", ("4", "8"))):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=list(values))
-    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--tensor-parallel-size", type=lambda text: [int(n) for n in text.split(",")], default=[1])
+    for name, value in (("prompts", 64), ("new", 256), ("longest", 4000)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="CSV to write, or to go on with")
     parser.add_argument("--tie", type=float, default=0.5, help="gap of logits up to which bf16 may part (0.5)")
     parser.add_argument("--at-once", type=int, default=9, help="engines side by side")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        job = json.loads(args.one)
+        job = json.loads(Path(args.one).read_text())
         Path(job["file"]).write_text(json.dumps(generate(job)))
         return 0
-    from tests.vllm_plugin.tiny_hybrid import write_hybrid
+    from tests.vllm_plugin.tiny_hybrid import write_hybrid, write_noisy
 
-    rows, failed = [], False
-    with tempfile.TemporaryDirectory() as name:
+    rows = load(args.out)
+    have = {(row["system"], row["dtype"], row["drafts"], int(row["gpus"])) for row in rows}
+    pairs = [(s, t) for s in args.systems for t in args.dtypes]
+    others = [(d, n) for n in args.tensor_parallel_size for d in ("0", *args.drafts) if (d, n) != ("0", 1)]
+    # vLLM's mixer cannot draft
+    wanted = {
+        (s, t): [(d, n) for d, n in others if (s, t, d, n) not in have and not (s == "stock" and "model" in d)]
+        for s, t in pairs
+    }
+    failed = False
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.at_once) as pool:
         folder = plugin(Path(name))
         models = {}
         for system in args.systems:
@@ -175,25 +206,35 @@ def main() -> int:
             else:
                 states = {"heads": "heads", "groups": "shared"}[system]
                 models[system] = write_hybrid(folder / system, states, max_position_embeddings=8192)
-        jobs = [(s, t, int(d)) for s in args.systems for t in args.dtypes for d in ("0", *args.drafts)]
-        with ThreadPoolExecutor(args.at_once) as pool:
-            done = pool.map(lambda job: run(models[job[0]], *job[1:], folder, args), jobs)
-            results = dict(zip(jobs, done, strict=True))
-    for system, dtype, drafts in jobs:
-        result, plain = results[system, dtype, drafts], results[system, dtype, 0]
-        if isinstance(result, str):
-            print(f"{system}, {dtype}, {drafts} drafts failed: {result}", flush=True)
-            failed = True
-        if not drafts or isinstance(result, str) or isinstance(plain, str):
-            continue
-        row = {"system": system, "dtype": dtype, "drafts": drafts} | compare(plain, result)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        limit = 0 if dtype == "float32" else args.tie
-        failed |= system != "stock" and row["largest_gap"] is not None and row["largest_gap"] > limit
-    if args.out:
-        save(args.out, COLUMNS, rows)
-    return int(failed)
+                write_noisy(folder / f"{system}-draft", models[system], 0.03)
+        # the first of each pair is what the others are compared with
+        engines = {
+            (system, dtype): {
+                other: pool.submit(run, models[system], dtype, *other, folder, args) for other in (("0", 1), *left)
+            }
+            for (system, dtype), left in wanted.items()
+            if left
+        }
+        for (system, dtype), of_pair in engines.items():
+            for (drafts, gpus), engine in of_pair.items():
+                result, plain = engine.result(), of_pair["0", 1].result()
+                if isinstance(result, str):
+                    print(f"{system}, {dtype}, {drafts} drafts on {gpus} failed: {result}", flush=True)
+                    failed = True
+                if (drafts, gpus) == ("0", 1) or isinstance(result, str) or isinstance(plain, str):
+                    continue
+                row = {"system": system, "dtype": dtype, "drafts": drafts, "gpus": gpus} | compare(plain, result)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if args.out:
+                    save(args.out, COLUMNS, rows)
+    return int(failed or any(changed(row, args.tie) for row in rows))
+
+
+def changed(row: dict, tie: float) -> bool:
+    """Whether tokens of ours are others than they should be; a row as it was made, or as text out of a CSV."""
+    limit = tie if row["dtype"] != "float32" else NOISE if int(row["gpus"]) > 1 else 0
+    return row["system"] != "stock" and row["largest_gap"] not in (None, "") and float(row["largest_gap"]) > limit
 
 
 if __name__ == "__main__":

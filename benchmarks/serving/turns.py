@@ -104,7 +104,7 @@ def main() -> int:
         for one in [f"{system} {caching}" for system in args.systems for caching in ("off", "on")]:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
-            rows += printed_rows(process)
+            rows += list(printed_rows(process))
             failed |= process.wait() != 0
     if args.out:
         save(args.out, COLUMNS, rows)

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 LENGTHS = [1, 2, 17, 64, 65, 100, 107, 114, 221, 240, 400, 600]
 NEW = 64
+NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +112,7 @@ def test_ngram(expected, generate):
     result = generate(
         "paper",
         asked,
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 2,
-            "prompt_lookup_min": 1,
-        },
+        speculative_config=NGRAM | {"num_speculative_tokens": 3},
     )
     assert result["rounds"] == [answers, answers]
     speculated(result)
@@ -173,11 +170,25 @@ def test_prefix_caching(expected, generate):
 
 
 def test_tensor_parallel(expected, generate):
-    """Each of two processes has one of the two KV groups, and its channels of the convolution."""
+    """Each of two processes has one of the two KV groups, and its channels of the convolution, in steps with drafts and
+    without."""
     asked, answers = expected("shared", prompts([1, 17, 65, 130, 221], seed=9))
-    result = generate("shared", asked, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, new=24, tensor_parallel_size=2)
-    assert result["rounds"] == [[tokens[:24] for tokens in answers]] * 2
+    speculative = NGRAM | {"num_speculative_tokens": 4}
+    result = generate("shared", asked, TWO_PROCESSES, new=40, tensor_parallel_size=2, speculative_config=speculative)
+    assert result["rounds"] == [[tokens[:40] for tokens in answers]] * 2
     assert result["slots"]["layers"]["model.layers.1.mixer"][0][0] == [1, 32, 32]
+    speculated(result)
+
+
+def test_pipeline_parallel(expected, generate):
+    """Each of two processes has one attention layer and one mixer."""
+    asked, answers = expected("shared", prompts([1, 17, 65, 130, 221], seed=9))
+    result = generate(
+        "shared", asked, TWO_PROCESSES, new=16, pipeline_parallel_size=2, worker_cls="stage_worker.StageWorker"
+    )
+    assert result["rounds"] == [[tokens[:16] for tokens in answers]] * 2
+    assert list(result["slots"]["layers"]) == ["model.layers.1.mixer"]
+    assert "A sequence keeps 0.03 MiB of state (1 mixer layers" in result["log"]
 
 
 def test_prefix_caching_with_drafts(expected, generate, environment, tmp_path):

@@ -14,14 +14,28 @@ HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "l
 
 
 def engine(
-    hf_config=HEADS, *, drafts=0, tensor=1, prefix=False, state="auto", v2=False, draft_layers=None, scheduler=None
+    hf_config=HEADS,
+    *,
+    drafts=0,
+    tensor=1,
+    stages=1,
+    prefix=False,
+    state="auto",
+    v2=False,
+    draft_layers=None,
+    draft_tensor=1,
+    scheduler=None,
 ):
     """The part of vLLM's configuration that is read."""
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=tensor),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=stages),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
-        speculative_config=SimpleNamespace(draft_model_config=draft, uses_draft_model=lambda: draft is not None)
+        speculative_config=SimpleNamespace(
+            draft_model_config=draft,
+            uses_draft_model=lambda: draft is not None,
+            draft_tensor_parallel_size=draft_tensor,
+        )
         if drafts
         else None,
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
@@ -36,6 +50,11 @@ def engine(
     [
         ({"tensor": 4}, "--tensor-parallel-size 4 does not divide the model's 2 key/value heads"),
         ({"state": "float16"}, "--mamba-ssm-cache-dtype float16"),
+        ({"stages": 2}, "--pipeline-parallel-size 2 leaves stage 0 without mixers"),
+        (
+            {"tensor": 2, "drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
+            "draft_tensor_parallel_size 1 of a draft model with mixers must be --tensor-parallel-size 2",
+        ),
     ],
 )
 def test_refuses(changes, flag):
@@ -56,6 +75,7 @@ def test_refuses(changes, flag):
             False,
         ),
         (["linear_attention", "linear_attention"], {}, False),
+        (["linear_attention", "full_attention"] * 2, {"stages": 2}, True),
     ],
 )
 def test_prefix_caching_where_it_fits(layers, changes, stays):

@@ -16,7 +16,9 @@ def test_line_of_an_8b():
         layer_types=["linear_attention", "full_attention"] * 16, state_heads=8,
     )  # fmt: skip
     engine = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config, dtype=torch.bfloat16, max_model_len=4096),
+        model_config=SimpleNamespace(
+            hf_config=config, dtype=torch.bfloat16, max_model_len=4096, get_layers_start_end_indices=lambda _: (0, 32)
+        ),
         cache_config=SimpleNamespace(
             cache_dtype="auto", mamba_ssm_cache_dtype="float32", block_size=256, num_gpu_blocks=1000
         ),
@@ -30,3 +32,6 @@ def test_line_of_an_8b():
     )
     engine.parallel_config.tensor_parallel_size = 2
     assert "6.52 MiB of state" in memory_line(engine, 16) and "32.0 KiB of KV cache" in memory_line(engine, 16)
+    engine.model_config.get_layers_start_end_indices = lambda _: (0, 16)  # the first of two pipeline stages
+    assert "3.26 MiB of state (8 mixer layers" in memory_line(engine, 8)
+    assert "58 sequences of 4096 tokens" in memory_line(engine, 8)
