@@ -368,6 +368,8 @@ class HybridRecipe(FTRecipeInterface):
         sums = torch.zeros(len(self.measured), device=self.device)
         for rows in self.order.micro_batches(self.step):
             sums += self.learn(self.data.batch(rows).to(self.device), counted)
+        for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None):
+            p.grad = torch.zeros_like(p)  # rows no longer than the window reach no state; checkpoints hold all moments
         norms = gradient_norms(self.student)
         norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         if limit := self.cfg.get("clip_grad_norm"):

@@ -144,6 +144,15 @@ def test_terminated_process_stops_with_a_checkpoint_and_goes_on(overrides, confi
     assert torch.equal(resumed, expected) and rates == expected_rates
 
 
+def test_rows_that_reach_no_state_can_be_resumed(config, tmp_path):
+    """No row is longer than the window, so decay and step sizes get no gradient."""
+    settings = {"dataset.max_seq_len": 8, "max_steps": 4, "checkpoint_every_n_steps": 2, "keep_last_n": 0}
+    assert run(config(output_dir=str(tmp_path / "whole"), **settings)) == 0
+    assert run(config(output_dir=branch(tmp_path / "whole", 2, tmp_path / "parts"), **settings)) == 0
+    parts, whole = metrics(tmp_path / "parts"), metrics(tmp_path / "whole")
+    assert [[row[key] for key in SAME] for row in parts] == [[row[key] for key in SAME] for row in whole]
+
+
 def test_one_process_stops_and_two_go_on(overrides, config, tmp_path):
     assert run(config(output_dir=str(tmp_path / "whole"), max_steps=8)) == 0
     recipe = ready(config(max_steps=8))
