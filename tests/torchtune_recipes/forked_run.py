@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 
 # what a run needs, before anything is forked
 import torch
@@ -18,7 +19,7 @@ import torch.distributed.checkpoint
 from torchtune_recipes.distill_hybrid import main
 
 
-def start(rank: int, processes: int, port: int, words: list[str]) -> int:
+def start(rank: int, processes: int, port: int, run: Callable[[], object]) -> int:
     child = os.fork()
     if child:
         return child
@@ -27,10 +28,9 @@ def start(rank: int, processes: int, port: int, words: list[str]) -> int:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    sys.argv = ["distill_hybrid", "--config", *words]
     code = 1
     try:
-        main()
+        run()
         code = 0
     except SystemExit as e:
         code = int(e.code or 0)
@@ -47,8 +47,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def each(processes: int, run: Callable[[], object]) -> bool:
+    """Fork so many processes that run this, wait for them, and say whether one has failed."""
+    port = free_port()
+    children = [start(rank, processes, port, run) for rank in range(processes)]
+    return any([os.waitpid(child, 0)[1] for child in children])
+
+
 if __name__ == "__main__":
-    processes, port = int(sys.argv[1]), free_port()
-    children = [start(rank, processes, port, sys.argv[2:]) for rank in range(processes)]
-    ends = [os.waitpid(child, 0)[1] for child in children]
-    sys.exit(any(ends))
+    processes = int(sys.argv[1])
+    sys.argv = ["distill_hybrid", "--config", *sys.argv[2:]]
+    sys.exit(each(processes, main))
