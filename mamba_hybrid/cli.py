@@ -199,30 +199,36 @@ def _add_plan(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gpu-mem", type=float, default=80, metavar="GB", help="memory of a GPU in 10^9 bytes (80)")
     p.add_argument("--student-config", metavar="FILE", help="config.json, where the model is not there yet")
     p.add_argument("--teacher-config", metavar="FILE", help="the same of the teacher")
-    p.add_argument("--keep", type=float, default=0.5, help="attention of a student that is not converted yet (0.5)")
+    p.add_argument("--keep", type=float, help="attention of a student that is not converted yet (0.5; select_layers 0)")
     p.add_argument("--tflops", type=float, default=989, help="of a GPU at most (989: H100 SXM, dense bf16)")
     p.add_argument("--mfu", type=float, default=0.4, help="share of them that is reached (0.4)")
-    p.add_argument("--link", type=float, default=300, metavar="GB/s", help="what comes to a GPU from others (300)")
+    p.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs joined by --link (8)")
+    p.add_argument("--link", type=float, default=300, metavar="GB/s", help="what comes to a GPU from its node (300)")
+    p.add_argument("--node-link", type=float, default=50, metavar="GB/s", help="and from other nodes (50: 400 Gb/s)")
+    p.add_argument("--hop", type=float, default=5, metavar="US", help="microseconds of an empty message (5)")
+    p.add_argument("--disk", type=float, default=10, metavar="GB/s", help="files, of all processes together (10)")
     p.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
     try:
-        from torchtune_recipes.plan import format_plan, plan
+        from torchtune_recipes.plan import Speeds, format_plan, plan
     except ImportError as e:
         raise UserError(f"plan needs the recipes' packages ({e}): pip install 'mamba-hybrid[train]'") from e
 
+    speeds = Speeds(args.tflops, args.mfu, args.link, args.node_link, args.hop, args.disk)
     figures = plan(
         args.config,
         args.overrides,
         recipe=args.recipe,
         gpus=args.gpus,
+        node=args.gpus_per_node,
         gpu_gb=args.gpu_mem,
         student_config=args.student_config,
         teacher_config=args.teacher_config,
         keep=args.keep,
     )
-    print(format_plan(figures, tflops=args.tflops, mfu=args.mfu, link=args.link))
+    print(format_plan(figures, speeds))
     return 0
 
 

@@ -109,12 +109,40 @@ def distillation_flops(
         >>> distillation_flops(config, config, 128) == 4 * forward_flops(config, 128)
         True
     """
-    total = forward_flops(teacher, length)
+    return forward_flops(teacher, length) + _trained_flops(student, length, trains, 1.0)
+
+
+def _trained_flops(student: HybridMambaConfig, length: int, trains: Callable[[str], bool], headed: float) -> float:
+    """FLOPs of one token of a model's forward and backward pass, the head on so large a share of the tokens."""
+    total = 0.0
     for i in range(student.num_hidden_layers):
         total += 3 * _mixing(student, i, length)
         for part, weights in _matrices(student, i).items():
             total += 2 * weights * (3 if trains(part) else 2)
-    return total + 2 * student.hidden_size * student.vocab_size * (3 if trains("embeddings") else 2)
+    return total + headed * 2 * student.hidden_size * student.vocab_size * (3 if trains("embeddings") else 2)
+
+
+def preference_flops(
+    student: HybridMambaConfig,
+    reference: HybridMambaConfig | None,
+    length: int,
+    trains: Callable[[str], bool] = lambda part: True,
+    *,
+    headed: float = 1.0,
+) -> float:
+    """FLOPs of one token of a DPO step: the reference's forward pass, the student's forward and backward pass.
+
+    Args:
+        student, reference: the models' configurations, None where the loss takes no reference.
+        length: L.
+        trains: as `distillation_flops`.
+        headed: share of the tokens that have an answer's token to predict; only they see a head.
+    """
+    total = _trained_flops(student, length, trains, headed)
+    if reference is None:
+        return total
+    head = headed * 2 * reference.hidden_size * reference.vocab_size
+    return total + forward_flops(reference, length, head=False) + head
 
 
 def alignment_flops(student: HybridMambaConfig, teacher: HybridMambaConfig, length: int) -> float:
@@ -125,3 +153,43 @@ def alignment_flops(student: HybridMambaConfig, teacher: HybridMambaConfig, leng
     for i in student.mixer_layers:
         total += 2 * (2 * _mixer_inputs(student) + 3 * out) + 3 * _mixing(student, i, length)
     return total
+
+
+def gates_flops(student: HybridMambaConfig, teacher: HybridMambaConfig, length: int, *, asked: int = 0) -> float:
+    """FLOPs of one token of a selection step by gates: the teacher's forward pass, and of the student, all frozen, with
+    a mixer and the teacher's attention in each layer, the forward and backward pass; and that again on rows of recall.
+
+    Args:
+        student: with mixers only.
+        teacher: with attention only, of the same shape.
+        length: L.
+        asked: tokens that a row of recall is asked for, 0 for no such rows.
+    """
+    layers = 0.0
+    for i in range(student.num_hidden_layers):
+        mine, theirs = _matrices(student, i), _matrices(teacher, i)
+        both = 2 * (mine["mixers"] + theirs["attention"])
+        mixing = _mixing(student, i, length) + _mixing(teacher, i, length)
+        # what the first layer's attention and mixer read needs no gradient
+        layers += 2 * 2 * mine["mlp"] + (both + mixing if i == 0 else 2 * both + 3 * mixing)
+    head = 2 * 2 * student.hidden_size * student.vocab_size
+    recall = layers + head * asked / length if asked else 0.0
+    return forward_flops(teacher, length) + layers + head + recall
+
+
+def trials_flops(student: HybridMambaConfig, teacher: HybridMambaConfig, length: int, chosen: int) -> float:
+    """FLOPs of one token of a selection step by trials: forward passes of the teacher, of the student with the chosen
+    layers' attention, and of the student with each other layer's besides.
+
+    Args:
+        student, teacher, length: as `gates_flops`.
+        chosen: layers chosen in the rounds before.
+    """
+
+    def forward(open_layers: int) -> float:
+        mixers, attention = (forward_flops(m, length, head=False, layers=1) for m in (student, teacher))
+        rest = student.num_hidden_layers - open_layers
+        return open_layers * attention + rest * mixers + 2 * student.hidden_size * student.vocab_size
+
+    left = student.num_hidden_layers - chosen
+    return forward_flops(teacher, length) + forward(chosen) + left * forward(chosen + 1)

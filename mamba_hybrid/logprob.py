@@ -66,14 +66,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_probs_M[span] = logits_KV.gather(-1, labels_M[span, None])[:, 0] - norm_M[span]
             del logits_KV  # or two chunks' logits would stand side by side
         ctx.save_for_backward(hidden_MD, head_VD, labels_M, norm_M)
-        ctx.chunk, ctx.acc = chunk, acc
+        ctx.chunk, ctx.acc, ctx.inner = chunk, acc, inner_VD.dtype
         return log_probs_M
 
     @staticmethod
     def backward(ctx: Any, upstream_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, head_VD, labels_M, norm_M = ctx.saved_tensors
-        acc = ctx.acc
-        inner_VD = head_VD if hidden_MD.is_cuda else head_VD.to(acc)
+        acc, inner_VD = ctx.acc, head_VD.to(ctx.inner)
         grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(head_VD, dtype=acc) if ctx.needs_input_grad[1] else None
         for at in range(0, len(labels_M), ctx.chunk):

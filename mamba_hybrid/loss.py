@@ -163,10 +163,10 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
 
 
 def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
-    """a @ b + add, accumulated and returned in `acc`."""
-    if a.dtype != acc and a.is_cuda:  # half-precision inputs, fp32 out of the tensor cores
+    """a @ b + add, accumulated and returned in `acc`; a and b are in `acc`, or on a GPU."""
+    if a.dtype != acc:  # half-precision inputs, fp32 out of the tensor cores
         return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc)
-    product = a.to(acc) @ b.to(acc)
+    product = a @ b
     return product if add is None else product.add_(add)
 
 

@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mamba_hybrid.config import HybridMambaConfig
+from mamba_hybrid.logprob import sequence_log_probs
 from mamba_hybrid.loss import distillation_loss
-from mamba_hybrid.model import Batch, HybridLayer, HybridMambaModel, LlamaRMSNorm
+from mamba_hybrid.model import Attention, Batch, HybridLayer, HybridMambaModel, LlamaRMSNorm
 
+from .gates import blend, recall_loss
 from .models import relative_error
 
 META = torch.device("meta")
@@ -179,24 +181,56 @@ class Shapes:
         h_BLD, batch = self.hidden(grad=grad), self._shared()
         return _measure(lambda: layer(h_BLD, batch), grad=grad)
 
+    def blend(self, index: int) -> Pass:
+        """A layer with a mixer and attention beside it, and a gate that is trained between them; the gradient of its
+        input too, but for the first layer's, which needs none."""
+        layer = self.module(lambda: HybridLayer(self.config, index), f"layers.{index}.")
+        attention = self.module(lambda: Attention(self.config, index), f"layers.{index}.self_attn.")
+        blend(layer, attention).gate = torch.empty((), device=META, requires_grad=True)
+        h_BLD, batch = self.hidden(grad=index > 0), self._shared()
+        return _measure(lambda: layer(h_BLD, batch), grad=True)
+
     def norm(self) -> Pass:
         """The norm after the last layer."""
         norm = self.module(lambda: LlamaRMSNorm(self.config.hidden_size), "norm.")
         h_BLD = self.hidden(grad=True)
         return _measure(lambda: norm(h_BLD), grad=True)
 
-    def loss(self, teacher: HybridMambaConfig, **setting: Any) -> Pass:
+    def _head(self, *, grad: bool) -> Tensor:
+        """The head (V, D)."""
+        shape = self.config.vocab_size, self.config.hidden_size
+        trained = grad and self.trains("lm_head.weight")
+        return torch.empty(shape, dtype=self.dtype, device=META, requires_grad=trained)
+
+    def loss(self, teacher: HybridMambaConfig, *, grad: bool = True, **setting: Any) -> Pass:
         """The chunked loss behind the heads, with the gradients of hidden states and head."""
         M, V = self.B * self.L, self.config.vocab_size
 
-        def of(*shape: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-            return torch.empty(*shape, dtype=dtype or self.dtype, device=META, requires_grad=grad)
+        def of(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=self.dtype, device=META)
 
-        h_MD, head_VD = of(M, self.config.hidden_size, grad=True), of(
-            V, self.config.hidden_size, grad=self.trains("lm_head.weight")
-        )  # fmt: skip
-        t_ME, t_head_VE, labels_M = of(M, teacher.hidden_size), of(V, teacher.hidden_size), of(M, dtype=torch.int64)
-        return _measure(lambda: distillation_loss(h_MD, head_VD, t_ME, t_head_VE, labels_M, **setting).loss, grad=True)
+        h_MD, head_VD = of(M, self.config.hidden_size).requires_grad_(grad), self._head(grad=grad)
+        t_ME, t_head_VE = of(M, teacher.hidden_size), of(V, teacher.hidden_size)
+        labels_M = torch.empty(M, dtype=torch.int64, device=META)
+        return _measure(lambda: distillation_loss(h_MD, head_VD, t_ME, t_head_VE, labels_M, **setting).loss, grad=grad)
+
+    def log_probs(self, chunk: int, *, grad: bool) -> Pass:
+        """The log-probabilities of answers that fill the rows (see `dpo_hybrid.Scorer`), as one sequence."""
+        h_BLD, head_VD = self.hidden(grad=grad), self._head(grad=grad)
+        at_M, labels_M = torch.empty(2, self.B * self.L, dtype=torch.int64, device=META).unbind()
+        sizes_1 = torch.empty(1, dtype=torch.int64, device=META)
+
+        def total() -> Tensor:
+            h_MD = h_BLD.flatten(0, 1).index_select(0, at_M)
+            return sequence_log_probs(h_MD, head_VD, labels_M, sizes_1, chunk_tokens=chunk)
+
+        return _measure(total, grad=grad)
+
+    def recall(self, pairs: int, *, grad: bool) -> Pass:
+        """The logits of so many tokens of a row, that a row of recall asks for, and their cross-entropy."""
+        h_BLD, head_VD = self.hidden(grad=grad), self._head(grad=grad)
+        at_BA, answer_BA = torch.empty(2, self.B, pairs, dtype=torch.int64, device=META).unbind()
+        return _measure(lambda: recall_loss(h_BLD, head_VD, at_BA, answer_BA)[0], grad=grad)
 
     def aligned(self, index: int) -> Pass:
         """A mixer beside the attention's output that it learns, with the loss (see `models.Aligner`)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import preference_flops
 from mamba_hybrid.logprob import sequence_log_probs
 from mamba_hybrid.model import HybridMambaForCausalLM
 
@@ -120,6 +121,13 @@ class DpoHybrid(HybridRecipe):
     def log_probs(self, model: Wrapped, batch: PairBatch) -> Tensor:
         """(P, 2) of the chosen and rejected answers, in nats."""
         return model(*batch, self.chunk_tokens).view(-1, 2)
+
+    def flops(self) -> float:
+        frozen, reference = self.frozen(), None if self.teacher_path is None else self.teacher.model.config
+        return preference_flops(
+            self.student.model.config, reference, self.data.length, lambda part: part not in frozen,
+            headed=float(self.data.counted_RL.mean()),
+        )  # fmt: skip
 
     def learn(self, batch: PairBatch, counted: int) -> Tensor:
         scale_P2 = batch.sizes if self.length_normalised else torch.ones_like(batch.sizes)

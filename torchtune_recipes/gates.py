@@ -104,6 +104,31 @@ class Blend(nn.Module):
         return gate * self.attention(u_BLD, batch) + (1 - gate) * mixed_BLD
 
 
+def blend(layer: HybridLayer, attention: Attention) -> Blend:
+    """Put an attention, frozen, beside a layer's mixer, in the mixer's dtype, with a gate between them."""
+    assert layer.is_mixer
+    dtype = layer.mixer.q_proj.weight.dtype
+    both = Blend(attention.to(dtype).requires_grad_(False), layer.mixer)
+    layer.add_module("self_attn", both)
+    layer.is_mixer = False
+    del layer.mixer
+    return both
+
+
+def recall_loss(h_BLD: Tensor, head_VD: Tensor, at_BA: Tensor, answer_BA: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the answers' cross-entropy in nats, and how many of them rank first.
+
+    Args:
+        h_BLD: normed hidden states (B, L, D).
+        head_VD: the head (V, D), the same dtype.
+        at_BA, answer_BA: int64, see `recall.recall_rows`.
+    """
+    h_BAD = h_BLD.gather(1, at_BA[..., None].expand(-1, -1, h_BLD.shape[-1]))
+    logits = F.linear(h_BAD, head_VD).float().flatten(0, 1)
+    answers = answer_BA.flatten()
+    return F.cross_entropy(logits, answers, reduction="sum"), (logits.detach().argmax(-1) == answers).sum()
+
+
 class Beside:
     """Where `Gated` finds its tensors: the attention in the teacher's checkpoint, all else in the student's."""
 
@@ -132,12 +157,7 @@ class Gated(Wrapped):
         self.blends = []
         for layer, other in zip(model.model.layers, teacher.model.layers, strict=True):
             assert isinstance(layer, HybridLayer) and isinstance(other, HybridLayer)
-            dtype = layer.mixer.q_proj.weight.dtype
-            blend = Blend(copy.deepcopy(other.self_attn).to(dtype).requires_grad_(False), layer.mixer)
-            layer.add_module("self_attn", blend)
-            layer.is_mixer = False
-            del layer.mixer
-            self.blends.append(blend)
+            self.blends.append(blend(layer, copy.deepcopy(other.self_attn)))
 
     def _hidden(self, tokens_BL: Tensor, doc_BL: Tensor | None, gates: float | Sequence[bool]) -> tuple[Tensor, Tensor]:
         if isinstance(gates, Sequence):
@@ -145,8 +165,8 @@ class Gated(Wrapped):
         else:
             values_I = self.gates(gates)
             each = list(values_I.unbind())
-        for blend, gate in zip(self.blends, each, strict=True):
-            blend.gate = gate
+        for both, gate in zip(self.blends, each, strict=True):
+            both.gate = gate
         return self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state, values_I.detach()
 
     def forward(self, task: str, gates: float | Sequence[bool], *inputs: Any, **more: Any) -> Any:
@@ -171,9 +191,6 @@ class Gated(Wrapped):
     def _recall(
         self, gates: float | Sequence[bool], tokens_BL: Tensor, at_BA: Tensor, answer_BA: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the answers' cross-entropy in nats, and how many of them rank first."""
+        """See `recall_loss`."""
         h_BLD, _ = self._hidden(tokens_BL, None, gates)
-        h_BAD = h_BLD.gather(1, at_BA[..., None].expand(-1, -1, h_BLD.shape[-1]))
-        logits = F.linear(h_BAD, self.model.lm_head.weight).float().flatten(0, 1)
-        answers = answer_BA.flatten()
-        return F.cross_entropy(logits, answers, reduction="sum"), (logits.detach().argmax(-1) == answers).sum()
+        return recall_loss(h_BLD, self.model.lm_head.weight, at_BA, answer_BA)

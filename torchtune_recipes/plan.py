@@ -1,40 +1,25 @@
-"""What a recipe takes of each GPU, from its YAML and the models' config.json alone: `mamba-hybrid plan`.
-
-Shapes: B rows of one micro-batch, L tokens of a row, D and E width of student and teacher, V vocabulary.
-
-Memory is the most that is alive at one moment of a step, so a step is gone through moment by moment. Parameters are
-counted on models without memory, activations by `activations`; what FSDP2 gathers and reduces follows from
-`models.shard`.
-"""
+"""What a recipe takes of each GPU, from its YAML and the models' config.json alone: `mamba-hybrid plan`."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 from transformers import AutoConfig
 
 from mamba_hybrid.config import ATTENTION, MIXER, HybridMambaConfig
 from mamba_hybrid.convert import attention_layers
 from mamba_hybrid.errors import UserError, first_line
-from mamba_hybrid.flops import alignment_flops, distillation_flops
-from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import hybrid_config
 
-from .activations import META, Live, Shapes
-from .align_hybrid import AlignHybrid
-from .distill_hybrid import LOSS, DistillHybrid
-from .models import PARTS
-from .recipe import DTYPES, check_keys, component
+from .recipe import DTYPES, check_keys
+from .stage import Moment, Stage
+from .stages import STAGES
+from .traffic import Layout, Load
 
-NEEDED = ("student", "teacher", "dataset", "optimizer", "batch_size", "dtype")
 GB = 1e9
 CONTEXT = int(0.6 * GB)  # CUDA's own, with cuBLAS, NCCL and the kernels
 FRAGMENTATION = 0.1  # of what is allocated: the caching allocator's blocks that fit nothing
@@ -65,350 +50,37 @@ def read_config(path: str | Path, keep: float | None = None) -> HybridMambaConfi
     return hybrid_config(config)
 
 
-class Parameters:
-    """How many parameters a model has, by the units that FSDP gathers.
-
-    Args:
-        config: the model's.
-        frozen: parts (keys of `PARTS`) that are not trained.
-    """
-
-    def __init__(self, config: HybridMambaConfig, frozen: list[str]) -> None:
-        self.config, self.frozen = config, frozen
-        with META:
-            model = HybridMambaForCausalLM(config)
-        self.numel = {name: p.numel() for name, p in model.named_parameters()}
-
-    def trains(self, name: str) -> bool:
-        """Whether a parameter of this name is trained."""
-        return not any(key in name for part in self.frozen for key in PARTS[part])
-
-    def count(self, *keys: str, trained: bool = False) -> int:
-        """Parameters whose name has all the keys; with `trained`, those that are."""
-        return sum(
-            n for name, n in self.numel.items() if all(k in name for k in keys) and (self.trains(name) or not trained)
-        )
-
-    def layer(self, index: int, *keys: str, trained: bool = False) -> int:
-        """`count` in a layer."""
-        return self.count(f".layers.{index}.", *keys, trained=trained)
-
-    def root(self, *, trained: bool = False) -> int:
-        """`count` of embeddings, last norm and head."""
-        return self.count(trained=trained) - self.count(".layers.", trained=trained)
-
-    def computed(self, whole: int, cores: int, dtype: torch.dtype) -> int:
-        """Bytes of so many parameters, the mixers' cores among them in fp32, the rest in the dtype."""
-        return (whole - cores) * dtype.itemsize + cores * 4
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is alive at one moment of a step on one GPU.
-
-    Args:
-        name: of the moment.
-        bytes: of each kind of thing.
-    """
-
-    name: str
-    bytes: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
-
-def optimizer_bytes(node: DictConfig) -> tuple[float, float]:
-    """Bytes for each trained parameter that an optimiser keeps, and that it needs besides while it steps.
-
-    The optimiser takes a step on a small parameter, so that any class is known.
-    """
-    p = nn.Parameter(torch.zeros(512, 512))
-    optimizer = component("optimizer", node, [{"params": [p], "lr": 1e-3}])
-    p.grad = torch.ones_like(p)
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps
-        optimizer.step()
-    kept = sum(_nbytes(t) for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
-    with torch.compiler.set_stance("force_eager"), Live() as live:
-        optimizer.step()
-    # without `fused` a whole list of tensors is stepped at once, with what is made on the way for all of them
-    return kept / p.numel(), live.peak / p.numel() if not node.get("fused") else 0.0
-
-
-def _nbytes(t: torch.Tensor) -> int:
-    if hasattr(t, "__tensor_flatten__"):
-        names, _ = t.__tensor_flatten__()
-        return sum(_nbytes(getattr(t, name)) for name in names)
-    return t.nbytes
-
-
-class Stage:
-    """A recipe's step, seen from one GPU.
-
-    Args:
-        cfg: the recipe's configuration.
-        student, teacher: the models' configurations.
-        gpus: how many share the model.
-    """
-
-    def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
-        self.cfg = cfg
-        self.gpus = cfg.get("data_parallel_shard") or gpus  # that share one copy of the models
-        self.offload = bool(cfg.get("offload_teacher"))
-        self.dtype, self.length = DTYPES[cfg.dtype], int(cfg.dataset.max_seq_len)
-        self.accumulate = cfg.get("gradient_accumulation_steps") or 1
-        self.student, self.teacher = Parameters(student, self.frozen()), Parameters(teacher, list(PARTS))
-        self.state, self.stepping = optimizer_bytes(cfg.optimizer)
-        # FSDP has what it gathers twice, as one buffer and as parameters, or the next unit's buffer beside this unit's
-        self.copies = 1 if self.gpus == 1 else 2
-
-    def frozen(self) -> list[str]:
-        """Parts of the student that are not trained."""
-        raise NotImplementedError
-
-    def flops(self) -> float:
-        """Model FLOPs of one token."""
-        raise NotImplementedError
-
-    def moments(self, batch: int) -> Iterator[Moment]:
-        """The moments of a step that can be the fullest, with so many rows in a micro-batch."""
-        raise NotImplementedError
-
-    def traffic(self) -> int:
-        """Bytes that FSDP brings to a GPU, and sends from it, in one step."""
-        raise NotImplementedError
-
-    def peak(self, batch: int) -> Moment:
-        """The fullest moment."""
-        return max(self.moments(batch), key=lambda m: m.total)
-
-    def shard(self, number: float) -> int:
-        """One GPU's share."""
-        return int(number / self.gpus)
-
-    def always(self) -> dict[str, int]:
-        """What lies on the GPU all the time."""
-        teacher = self.teacher.computed(self.teacher.count(), self.teacher.count("core."), self.dtype)
-        return {
-            "student's parameters, fp32": self.shard(4 * self.student.count()),
-            "optimiser's moments": self.shard(self.state * self.student.count(trained=True)),
-            "teacher": 0 if self.offload else self.shard(teacher),
-        }
-
-    def gradients(self, number: int) -> dict[str, int]:
-        """Sharded gradients of so many parameters, or of all that are trained when steps before this have made them."""
-        number = number if self.accumulate == 1 else self.student.count(trained=True)
-        return {"gradients, fp32": self.shard(4 * number)}
-
-    def root(self, model: Parameters) -> int:
-        """Bytes of embeddings, last norm and head, gathered."""
-        return model.root() * self.dtype.itemsize
-
-    def gathered(self, model: Parameters, layer: int) -> int:
-        """Bytes of a layer, gathered, and of the one that is on its way."""
-        one = model.computed(model.layer(layer), model.layer(layer, "core."), self.dtype)
-        return one * self.copies
-
-    def step(self) -> Moment:
-        """The optimiser's step."""
-        trained = self.student.count(trained=True)
-        gradients = self.shard(4 * trained)
-        return Moment(
-            "optimiser's step",
-            self.always()
-            | {
-                "teacher's embeddings and head, gathered": self.root(self.teacher),
-                "gradients, fp32": gradients,
-                "optimiser's arrays": self.shard(self.stepping * trained),
-            },
-        )
-
-    def teacher_forward(self, shapes: Shapes, batch: int) -> Moment:
-        """The teacher's forward pass, at its largest layer."""
-        kinds = {shapes.config.layer_types[i]: i for i in range(shapes.config.num_hidden_layers)}  # type: ignore[index]
-        most = max(shapes.layer(i, grad=False).forward for i in kinds.values())
-        return Moment(
-            "teacher's forward pass",
-            self.always() | self.gradients(0) | {
-                "teacher's embeddings and head, gathered": self.root(self.teacher),
-                "layers, gathered": max(self.gathered(self.teacher, i) for i in kinds.values()),
-                "activations of a layer": shapes.hidden().nbytes + most,
-                "batch, mask and rotary tables": shapes.shared(),
-            },
-        )  # fmt: skip
-
-    def host(self) -> int:
-        """Bytes of host memory that the models take of a process: the rows of one tensor at a time while checkpoints
-        are read, and the share of a teacher that stays there."""
-        largest = max(self.shard(4 * m.config.vocab_size * m.config.hidden_size) for m in (self.student, self.teacher))
-        return largest + (self.shard(self.teacher.count() * self.dtype.itemsize) if self.offload else 0)
-
-    def moved(self, number: float) -> float:
-        """Of what is gathered or reduced, the share that comes from other GPUs."""
-        return number * (self.gpus - 1) / self.gpus
-
-
-class Distillation(Stage):
-    """`distill_hybrid`."""
-
-    def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
-        check_keys(cfg.get("loss") or {}, LOSS, "loss.")
-        super().__init__(cfg, student, teacher, gpus)
-
-    def frozen(self) -> list[str]:
-        return list(self.cfg.get("freeze") or [])
-
-    def flops(self) -> float:
-        return distillation_flops(
-            self.student.config, self.teacher.config, self.length, lambda part: part not in self.frozen()
-        )  # fmt: skip
-
-    def traffic(self) -> int:
-        student, teacher = (m.computed(m.count(), m.count("core."), self.dtype) for m in (self.student, self.teacher))
-        # the student's layers come for the forward and for the backward pass; embeddings and heads once
-        come = 2 * student - self.root(self.student) + teacher
-        return int(self.accumulate * self.moved(come + 4 * self.student.count(trained=True)))
-
-    def moments(self, batch: int) -> Iterator[Moment]:
-        model, config = self.student, self.student.config
-        mine = Shapes(config, batch, self.length, self.dtype, lambda name: model.trains(name))
-        theirs = Shapes(self.teacher.config, batch, self.length, self.dtype)
-        yield self.teacher_forward(theirs, batch)
-
-        n, types = config.num_hidden_layers, config.layer_types or []
-        of_kind = {kind: mine.layer(types.index(kind), grad=True) for kind in sorted(set(types))}
-        layers = [of_kind[kind] for kind in types]
-        hidden = mine.hidden().nbytes
-        every = (
-            (self.cfg.get("activation_checkpoint_every") or 1) if self.cfg.get("enable_activation_checkpointing") else 0
-        )
-        again = [bool(every) and i % every == 0 for i in range(n)]
-        kept = [hidden if again[i] else layer.kept for i, layer in enumerate(layers)]
-        norm = mine.norm()
-        loss = mine.loss(self.teacher.config, **(self.cfg.get("loss") or {}))
-        common = self.always() | {
-            "teacher's embeddings and head, gathered": self.root(self.teacher),
-            "teacher's hidden states": theirs.hidden().nbytes,
-            "student's embeddings and head, gathered": self.root(model),
-            "batch, mask and rotary tables": mine.shared(),
-        }
-        entry = hidden  # again: the last layer's output; else the first layer's input, which no layer before it kept
-        inputs = "layer inputs kept" if all(again) else "activations kept"
-        before = common | self.gradients(0) | {inputs: sum(kept) + entry + norm.kept}
-        yield Moment(
-            "loss",
-            before | {"loss, a chunk of tokens": loss.forward},
-        )  # fmt: skip
-        yield Moment(
-            "backward pass of the head",
-            before | {"loss, its gradients": loss.backward},
-        )  # fmt: skip
-        head = config.vocab_size * config.hidden_size * self.dtype.itemsize * model.trains("lm_head.weight")
-        reduced, waiting = 0, 0
-        for i in reversed(range(n)):
-            yield Moment(
-                f"backward pass of layer {i}",
-                common | self.gradients(reduced) | {
-                    "head's gradient": head,
-                    inputs: sum(kept[:i]) + entry + hidden * again[i],
-                    "a layer computed again" if again[i] else "a layer's backward pass": layers[i].backward,
-                    "layers, gathered": self.gathered(model, i),
-                    "layer's gradients being reduced": waiting,
-                },
-            )  # fmt: skip
-            trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained
-        root = model.root(trained=True)
-        tied = config.tie_word_embeddings
-        yield Moment(
-            "gradients of embeddings and head reduced",
-            common | self.gradients(reduced + root) | {
-                "embeddings' and head's gradients": root * self.dtype.itemsize * (2 if tied else 1),
-                "being reduced": waiting + 4 * root,
-            },
-        )  # fmt: skip
-        yield self.step()
-
-
-class Alignment(Stage):
-    """`align_hybrid`, whose teacher ends with the last layer that something is learnt from."""
-
-    def __init__(self, cfg: DictConfig, student: HybridMambaConfig, teacher: HybridMambaConfig, gpus: int) -> None:
-        layers = max(student.mixer_layers, default=-1) + 1
-        shorter = copy.deepcopy(teacher)
-        shorter.num_hidden_layers, shorter.layer_types = layers, (teacher.layer_types or [])[:layers]
-        super().__init__(cfg, student, shorter, gpus)
-
-    def frozen(self) -> list[str]:
-        return [part for part in PARTS if part != "mixers"]
-
-    def flops(self) -> float:
-        return alignment_flops(self.student.config, self.teacher.config, self.length)
-
-    def traffic(self) -> int:
-        teacher = self.teacher.computed(self.teacher.count(), self.teacher.count("core."), self.dtype)
-        mixers = self.student.computed(self.student.count(".mixer."), self.student.count("core."), self.dtype)
-        return int(
-            self.accumulate * self.moved(teacher + 2 * mixers + 4 * self.student.count(trained=True))
-        )  # fmt: skip
-
-    def moments(self, batch: int) -> Iterator[Moment]:
-        model = self.student
-        mine = Shapes(model.config, batch, self.length, self.dtype, lambda name: model.trains(name))
-        theirs = Shapes(self.teacher.config, batch, self.length, self.dtype)
-        yield self.teacher_forward(theirs, batch)
-        mixers = model.config.mixer_layers
-        aligned = mine.aligned(mixers[0])
-        reduced = waiting = 0
-        for i in mixers:
-            unit = model.computed(model.layer(i, ".mixer."), model.layer(i, "core."), self.dtype)
-            yield Moment(
-                f"backward pass of mixer {i}",
-                self.always() | self.gradients(reduced) | {
-                    "teacher's embeddings and head, gathered": self.root(self.teacher),
-                    "layers, gathered": self.gathered(self.teacher, i) + unit * self.copies,
-                    "a layer's input and the attention's": 3 * mine.hidden().nbytes,
-                    "activations of a mixer": aligned.backward,
-                    "batch, mask and rotary tables": mine.shared() + theirs.shared(),
-                    "mixer's gradients being reduced": waiting,
-                },
-            )  # fmt: skip
-            trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained
-        yield self.step()
-
-
-STAGES: dict[str, type[Stage]] = {"distill_hybrid": Distillation, "align_hybrid": Alignment}
-KEYS = {
-    name: recipe.required + recipe.optional
-    for name, recipe in (("distill_hybrid", DistillHybrid), ("align_hybrid", AlignHybrid))
-}
-
-
 @dataclass(frozen=True)
 class Plan:
     """The figures that `mamba-hybrid plan` prints.
 
     Args:
         title: recipe, GPUs, batch.
+        layout: of the GPUs.
         moments: of a step.
         gpu: bytes of a GPU.
         host: bytes of host memory that the models take of one process.
         largest: rows of the largest micro-batch that fits, 0 for none.
         flops: of one GPU in one step.
-        traffic: bytes that come to one GPU in one step.
+        traffic: of one GPU in one step.
+        alone: what of it is moved while nothing can be computed.
         tokens: of one GPU in one step.
+        loaded: bytes that all copies read of the models' files together.
+        saved: bytes of a training checkpoint.
     """
 
     title: str
+    layout: Layout
     moments: list[Moment]
     gpu: int
     host: int
     largest: int
     flops: float
-    traffic: int
+    traffic: Load
+    alone: Load
     tokens: int
+    loaded: float
+    saved: float
 
     @property
     def peak(self) -> Moment:
@@ -419,6 +91,31 @@ class Plan:
     def total(self) -> int:
         """Bytes of the GPU in use at that moment, what PyTorch does not count included."""
         return needed(self.peak)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a plan's times follow from.
+
+    Args:
+        tflops: that a GPU can do at most, in 10^12 a second.
+        mfu: the share of them that is reached.
+        link, node_link: GB/s that come to a GPU, from its node and from others.
+        hop: microseconds of a message without content.
+        disk: GB/s that all processes together read and write of files.
+    """
+
+    tflops: float = 989
+    mfu: float = 0.4
+    link: float = 300
+    node_link: float = 50
+    hop: float = 5
+    disk: float = 10
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0")
 
 
 def needed(moment: Moment) -> int:
@@ -432,21 +129,23 @@ def plan(
     *,
     recipe: str | None = None,
     gpus: int | None = None,
+    node: int = 8,
     gpu_gb: float = 80,
     student_config: str | Path | None = None,
     teacher_config: str | Path | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
 ) -> Plan:
-    """Work out a recipe's memory and time.
+    """Work out a recipe's memory, traffic and FLOPs.
 
     Args:
         config: a recipe's YAML.
         overrides: key=value, as for `tune run`.
         recipe: its name; None takes it, and gpus, from the `tune run` line in the YAML's header.
         gpus: processes of the run, one a GPU.
+        node: GPUs of a node.
         gpu_gb: memory of one, in 10^9 bytes.
         student_config, teacher_config: config.json of a model that is not where the YAML says.
-        keep: share of attention of a student that is still a plain Transformer.
+        keep: share of attention of a student that is still a plain Transformer; None for what the recipe starts from.
 
     Raises:
         UserError: the YAML or a configuration cannot be read or does not fit.
@@ -456,34 +155,40 @@ def plan(
     name = recipe or named
     if name not in STAGES:
         raise UserError(f"recipe {name!r} is none of {', '.join(STAGES)}{'' if name else '; name it with --recipe'}")
-    check_keys(cfg, KEYS[name])
+    kind = STAGES[name]
+    check_keys(cfg, kind.recipe.required + kind.recipe.optional)
+    if missing := [key for key in kind.recipe.required if cfg.get(key) is None]:
+        raise UserError(f"{config} lacks {', '.join(missing)}")
+    _check(config, cfg)
     count = processes if gpus is None else gpus
     if count < 1 or gpu_gb <= 0:
         raise UserError(f"--gpus {count} and --gpu-mem {gpu_gb} must be above 0")
-    if count % (cfg.get("data_parallel_shard") or count):
-        raise UserError(f"data_parallel_shard {cfg.data_parallel_shard} does not divide the {count} GPUs (--gpus)")
-    if (chunk := cfg.get("sequence_chunk")) is not None and chunk < cfg.dataset.max_seq_len:
-        raise UserError(f"sequence_chunk {chunk}: what is planned are whole rows; set sequence_chunk=null")
-    if (target := cfg.get("target") or "outputs") != "outputs":
-        raise UserError(f"target {target}: what is planned is alignment to outputs; set target=outputs")
-    if cfg.get("device", "cuda") != "cuda":
-        raise UserError(f"device {cfg.device!r}: what is planned is a GPU's memory; add device=cuda")
-    student = read_config(student_config or cfg.student, keep)
-    teacher = read_config(teacher_config or cfg.teacher)
-    stage = STAGES[name](cfg, student, teacher, count)
+    layout = Layout(count, cfg.get("data_parallel_shard") or count, node)
+    student = read_config(student_config or cfg.student, kind.keep if keep is None else keep)
+    which = kind.teacher_of(cfg)
+    if which == "teacher" and cfg.get("teacher") is None:
+        raise UserError(f"{config} lacks teacher, the reference; reference=student needs none")
+    teachers = {"student": lambda: student, "teacher": lambda: read_config(teacher_config or cfg.teacher)}
+    stage = kind(cfg, student, None if which is None else teachers[which](), layout)
     batch = int(cfg.batch_size)
     tokens = batch * stage.length * stage.accumulate
     gpu = int(gpu_gb * GB)
+    over = f" of {node} a node" if count > node else ""
+    copies = f", {layout.copies} copies of {layout.shard}" if layout.copies > 1 else ""
     return Plan(
-        f"{config}: {name} on {count} GPU{'s' * (count > 1)}, {batch} x {stage.length} tokens "
+        f"{config}: {name} on {count} GPU{'s' * (count > 1)}{over}{copies}, {batch} x {stage.length} tokens "
         f"{f'x {stage.accumulate} ' if stage.accumulate > 1 else ''}each, {cfg.dtype}",
+        layout,
         list(stage.moments(batch)),
         gpu,
         stage.host(),
         largest(stage, gpu, batch),
         stage.flops() * tokens,
-        stage.traffic(),
+        layout.load(stage.exchange() * stage.accumulate),
+        layout.load(stage.alone() * stage.accumulate),
         tokens,
+        stage.loaded() * layout.copies,
+        stage.saved(),
     )
 
 
@@ -501,20 +206,25 @@ def _load(config: str | Path, overrides: list[str]) -> tuple[DictConfig, str]:
         text = Path(config).read_text()
         cfg = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(overrides))
         assert isinstance(cfg, DictConfig)
-        odd = [key for key in NEEDED if key not in cfg]
-        if odd or "max_seq_len" not in cfg.dataset:
-            raise UserError(f"{config} lacks {', '.join(odd) or 'dataset.max_seq_len'}")
-        if cfg.dtype not in DTYPES:
-            raise UserError(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}")
-        for key, value in (("batch_size", cfg.batch_size), ("dataset.max_seq_len", cfg.dataset.max_seq_len)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{key} {value!r} must be a whole number above 0")
         OmegaConf.resolve(cfg)
     except OSError as e:
         raise UserError(f"{config} cannot be read: {e.strerror}") from e
     except (OmegaConfBaseException, AssertionError, ValueError) as e:
         raise UserError(f"{config} is no recipe's configuration: {first_line(e)}") from e
     return cfg, text.split("\n\n")[0]
+
+
+def _check(config: str | Path, cfg: DictConfig) -> None:
+    """Raises UserError for what is not a GPU's, or no number."""
+    if "max_seq_len" not in cfg.dataset:
+        raise UserError(f"{config} lacks dataset.max_seq_len")
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}")
+    for key, value in (("batch_size", cfg.batch_size), ("dataset.max_seq_len", cfg.dataset.max_seq_len)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{key} {value!r} must be a whole number above 0")
+    if cfg.device != "cuda":
+        raise UserError(f"device {cfg.device!r}: what is planned is a GPU's memory; add device=cuda")
 
 
 def largest(stage: Stage, gpu: int, batch: int) -> int:
@@ -536,14 +246,12 @@ def largest(stage: Stage, gpu: int, batch: int) -> int:
     return max(int(min(rows)), 0)
 
 
-def format_plan(p: Plan, *, tflops: float, mfu: float, link: float) -> str:
+def format_plan(p: Plan, speeds: Speeds) -> str:
     """The text that `mamba-hybrid plan` prints.
 
     Args:
         p: the figures.
-        tflops: that a GPU can do at most, in 10^12 a second.
-        mfu: the share of them that is reached.
-        link: GB/s that come to a GPU.
+        speeds: for the times.
     """
     peak = p.peak
     lines = [p.title, "", f"GB of one GPU at the fullest moment, {peak.name}:"]
@@ -564,15 +272,37 @@ def format_plan(p: Plan, *, tflops: float, mfu: float, link: float) -> str:
     moments = _last_of_kind(p.moments)
     wide = max(len(m.name) for m in moments)
     lines += [f"  {m.name:{wide}}  {m.total / GB:7.2f}" for m in moments]
-    seconds, waits = p.flops / (tflops * 1e12 * mfu), p.traffic / (link * 1e9)
-    lines += [
-        "",
-        f"host memory   {p.host / GB:.1f} GB of each process for the models, beside the data set",
-        f"a step        {p.flops / 1e12:.0f} TFLOP a GPU: {seconds:.2f} s at {mfu:.0%} of {tflops:g} TFLOP/s, "
-        f"{p.tokens / seconds:.0f} tokens/s a GPU",
-        f"FSDP          {p.traffic / GB:.1f} GB to each GPU a step: {waits:.2f} s at {link:g} GB/s, beside computing",
-    ]
+    lines += ["", *_times(p, speeds)]
     return "\n".join(lines)
+
+
+def _times(p: Plan, v: Speeds) -> list[str]:
+    """The lines about files, computing and FSDP."""
+    compute = p.flops / (v.tflops * 1e12 * v.mfu)
+    waits, alone = (load.seconds(v.link * GB, v.node_link * GB, v.hop / 1e6) for load in (p.traffic, p.alone))
+    # what can be moved beside computing is, or nothing is
+    best, worst = max(compute, waits - alone) + alone, compute + waits
+    t, n = p.traffic, p.layout.gpus
+    lines = [
+        f"host memory   {p.host / GB:.1f} GB of each process for the models, beside the data set",
+        f"files         {p.loaded / GB:.0f} GB read at the start: {p.loaded / GB / v.disk:.0f} s at {v.disk:g} GB/s; "
+        f"{p.saved / GB:.0f} GB of a checkpoint: {p.saved / GB / v.disk:.0f} s",
+        f"computing     {p.flops / 1e12:.0f} TFLOP a GPU and step: {compute:.2f} s at {v.mfu:.1%} of {v.tflops:g}",
+    ]
+    if n > 1:
+        lines += [
+            f"FSDP, within  {t.within / GB:.1f} GB to a GPU and step: {t.within / GB / v.link:.2f} s at {v.link:g}",
+            f"      between {t.between / GB:.1f} GB: {t.between / GB / v.node_link:.2f} s at {v.node_link:g}",
+            f"      hops    {t.hops}: {t.hops * v.hop / 1e6:.2f} s at {v.hop:g} us",
+            f"      waits   {waits:.2f} s, of which {alone:.2f} s with nothing to compute beside",
+        ]
+    lines.append(
+        f"a step        {best:.2f} to {worst:.2f} s for {n * p.tokens} tokens: {p.tokens / best:.0f} to "
+        f"{p.tokens / worst:.0f} tokens/s a GPU"
+        if n > 1
+        else f"a step        {compute:.2f} s for {p.tokens} tokens: {p.tokens / compute:.0f} tokens/s"
+    )
+    return lines
 
 
 def _last_of_kind(moments: list[Moment]) -> list[Moment]:

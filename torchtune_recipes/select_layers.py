@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from mamba_hybrid.convert import attention_layers
 from mamba_hybrid.errors import UserError
+from mamba_hybrid.flops import gates_flops, trials_flops
 from mamba_hybrid.loss import IGNORED
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import Source
@@ -147,6 +148,12 @@ class SelectLayers(HybridRecipe):
         self.read_metrics()
         self.checkpoints.save(self.step, self.student.gates, self.optimizer, self._settings())
 
+    def flops(self) -> float:
+        models = self.student.model.config, self.teacher.model.config, self.data.length
+        if self.cfg.method == "gates":
+            return gates_flops(*models, asked=self.pairs if self.recall_weight else 0)
+        return trials_flops(*models, chosen=self._round(self.step - 1))  # each round has chosen one
+
     def learn(self, batch: Batch, counted: int) -> Tensor:
         with torch.no_grad():
             target = self.teacher(batch.tokens, batch.documents)
@@ -175,8 +182,7 @@ class SelectLayers(HybridRecipe):
     @torch.no_grad()
     def _try(self, batch: Batch, target: tuple[Tensor, Tensor]) -> Tensor:
         """Sums of a batch's KL without further attention, and with it in each layer."""
-        gates = self.student.gates
-        now = self.step * len(gates.trials) // self.steps  # the round
+        gates, now = self.student.gates, self._round(self.step)
         chosen = self.choose(gates.trials[:now])[0]
 
         def kl(layers: list[int]) -> Tensor:
@@ -189,6 +195,10 @@ class SelectLayers(HybridRecipe):
         gates.trials[now] += row
         gates.logit_I.grad = torch.zeros_like(gates.logit_I)  # which the optimizer's step asks for
         return torch.stack([before, *sums]).float()
+
+    def _round(self, step: int) -> int:
+        """Which round of trials a step belongs to."""
+        return step * len(self.student.gates.trials) // self.steps
 
     def _open(self, layers: list[int]) -> list[bool]:
         return [i in layers for i in range(self.layers)]

@@ -10,9 +10,15 @@ from mamba_hybrid.flops import (
     alignment_flops,
     distillation_flops,
     forward_flops,
+    gates_flops,
     peak_flops,
+    preference_flops,
+    trials_flops,
 )
+from mamba_hybrid.logprob import sequence_log_probs
 from mamba_hybrid.loss import distillation_loss
+from mamba_hybrid.mixer import HybridMixer
+from torchtune_recipes.gates import Gated, Gates
 
 SHAPE = dict(
     vocab_size=259, hidden_size=48, intermediate_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
@@ -103,6 +109,72 @@ def test_a_mixers_projections_forward_and_backward():
 def test_alignment_ends_with_the_last_mixer():
     student = model("maa").config
     assert alignment_flops(student, model("aaa").config, L) == alignment_flops(student, model("a").config, L)
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_preferences_of_a_transformer(share):
+    """The logits that the backward pass makes again are no model FLOPs."""
+    student, reference = model("aa"), model("a", hidden_size=32)
+    tokens = torch.randint(0, 259, (B, L))
+    at = torch.arange(0, B * L, share)
+
+    def log_probs(m, h):
+        return sequence_log_probs(h.flatten(0, 1)[at], m.lm_head.weight, tokens.flatten()[at], torch.tensor([len(at)]))
+
+    def step():
+        with torch.no_grad():
+            log_probs(reference, reference.model(tokens).last_hidden_state)
+        h = student.model(inputs_embeds=student.model.embed_tokens(tokens).requires_grad_()).last_hidden_state
+        log_probs(student, h).sum().backward()
+
+    ours = preference_flops(student.config, reference.config, L, headed=1 / share)
+    again = 2 * 48 * 259 / share
+    ours += 3 * causal(student.config, L) + causal(reference.config, L) + again
+    assert counted(step) == B * L * ours
+    alone = preference_flops(student.config, None, L)
+    assert alone + forward_flops(reference.config, L) == preference_flops(student.config, reference.config, L)
+
+
+@pytest.mark.parametrize("asked", [0, 4])
+def test_gates_between_attention_and_mixers(asked):
+    """Window and SSD are counted alone, as another algorithm has them, and taken off on both sides."""
+    student, teacher = model("mm", window=16), model("aa")
+    gated = Gated(student.requires_grad_(False), teacher.requires_grad_(False), Gates(2, 1, rounds=1))
+    mixers = [m for m in gated.modules() if isinstance(m, HybridMixer)]
+    tokens, doc = torch.randint(0, 259, (B, L)), torch.zeros(B, L, dtype=torch.int64)
+    places = torch.arange(asked).expand(B, -1)
+
+    def step():
+        with torch.no_grad():
+            target = teacher.model(tokens, document_ids=doc).last_hidden_state.flatten(0, 1), teacher.lm_head.weight
+        gated("imitate", 1.0, tokens, doc, tokens, target)[0].loss.backward()
+        if asked:
+            gated("recall", 1.0, tokens, places, places)[0].backward()
+
+    projected = mixers[0].project(torch.randn(B, L, 48))
+
+    def cores(grad):
+        q, k, v, dt, z = (t.detach().requires_grad_(grad) for t in projected)
+        cos = torch.randn(B, L, 8)
+        out = mixers[0].core(q, k, v, dt, z, cos, cos, doc)[0]
+        if grad:
+            out.sum().backward()
+
+    passes = 1 + bool(asked)
+    seen = counted(step) - passes * (counted(lambda: cores(False)) + counted(lambda: cores(True)))
+    short = model("m", window=16)
+    weights = sum(p.numel() for n, p in short.model.layers.named_parameters() if p.dim() == 2 and ".core." not in n)
+    mixing = forward_flops(short.config, L, head=False) - 2 * weights
+    attention = causal(model("a").config, L)
+    ours = gates_flops(model("mm", window=16).config, teacher.config, L, asked=asked)
+    ours += 2 * attention + passes * ((1 + 3) * attention - (1 + 3) * mixing)
+    assert seen == B * L * ours
+
+
+def test_trials_are_forward_passes():
+    mixers, teacher = model("mmm").config, model("aaa").config
+    one = sum(forward_flops(model(kinds).config, L) for kinds in ("aaa", "mam", "aam", "maa"))
+    assert trials_flops(mixers, teacher, L, chosen=1) == pytest.approx(one)
 
 
 def test_ssd_is_the_chunked_algorithm():

@@ -10,6 +10,7 @@ import importlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 # what a run needs, before anything is forked
 import torch
@@ -24,19 +25,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-if __name__ == "__main__":
-    recipe, processes, *words = sys.argv[1:]
-    main, port = importlib.import_module(f"torchtune_recipes.{recipe}").main, free_port()
+def each(processes: int, run: Callable[[], object]) -> bool:
+    """Fork so many processes that run this, wait for them, and say whether one has failed."""
+    port = free_port()
 
     def work(rank: int) -> None:
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }  # fmt: skip
         torch.set_num_threads(1)
-        sys.argv = [recipe, "--config", *words]
-        main()
+        run()
 
-    children = [fork(lambda rank=rank: work(rank)) for rank in range(int(processes))]
-    ends = [os.waitpid(child, 0)[1] for child in children]
-    sys.exit(any(ends))
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(processes)]
+    return any([os.waitpid(child, 0)[1] for child in children])
+
+
+if __name__ == "__main__":
+    recipe, count, *words = sys.argv[1:]
+    main = importlib.import_module(f"torchtune_recipes.{recipe}").main
+    sys.argv = [recipe, "--config", *words]
+    sys.exit(each(int(count), main))
