@@ -40,7 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """A command's arguments; ends the process where they are wrong, as argparse does."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") or "=" not in word or not hasattr(args, "overrides") for word in rest):
+    changes = [word for word in rest if word[:1] == "~" or ("=" in word and not word.startswith("-"))]
+    if changes != rest or (rest and not hasattr(args, "overrides")):
         hint = "; flags of vllm serve stand behind DIR" if args.command == "serve" else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # key=value behind flags, which argparse does not put together

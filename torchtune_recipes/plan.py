@@ -15,7 +15,7 @@ from mamba_hybrid.convert import attention_layers
 from mamba_hybrid.errors import UserError, first_line
 from mamba_hybrid.source import hybrid_config
 
-from .recipe import DTYPES, check_keys
+from .recipe import DTYPES, check_keys, override
 from .stage import Moment, Stage
 from .stages import STAGES
 from .traffic import Layout, Load
@@ -204,8 +204,9 @@ def _command(config: str | Path, header: str) -> tuple[int, str]:
 def _load(config: str | Path, overrides: list[str]) -> tuple[DictConfig, str]:
     try:
         text = Path(config).read_text()
-        cfg = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(overrides))
-        assert isinstance(cfg, DictConfig)
+        plain = OmegaConf.create(text)
+        assert isinstance(plain, DictConfig)
+        cfg = override(plain, overrides)
         OmegaConf.resolve(cfg)
     except OSError as e:
         raise UserError(f"{config} cannot be read: {e.strerror}") from e

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torchtune import config
 from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
+from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 from yaml import YAMLError
@@ -518,6 +519,18 @@ def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
         return target(*args, **kwargs, **more)
     except ImportError as e:  # a logger, say, whose package is no dependency
         raise UserError(f"{key}: {name} needs a package that is not installed ({first_line(e)})") from e
+
+
+def override(cfg: DictConfig, words: list[str]) -> DictConfig:
+    """A configuration as `tune run` changes it: key=value, component=path, ~key to remove one.
+
+    Raises:
+        ValueError: a word that is none of these.
+        OmegaConfBaseException: a value that is no YAML.
+    """
+    values = OmegaConf.to_container(cfg)
+    assert isinstance(values, dict)
+    return _merge_yaml_and_cli_args(Namespace(**{str(key): value for key, value in values.items()}), words)
 
 
 def check_keys(node: Mapping[str, Any] | DictConfig, known: tuple[str, ...], where: str = "") -> None:

@@ -55,8 +55,10 @@ def optimizer_bytes(node: DictConfig) -> tuple[float, float]:
     kept = sum(_nbytes(t) for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
     with torch.compiler.set_stance("force_eager"), Live() as live:
         optimizer.step()
-    # without `fused` a whole list of tensors is stepped at once, with what is made on the way for all of them
-    return kept / p.numel(), live.peak / p.numel() if not node.get("fused") else 0.0
+    # PyTorch's, without `fused`, step a whole list of tensors at once, with what is made on the way for all of them;
+    # torchao's compile a step of one tensor
+    alone = node.get("fused") or str(node["_component_"]).startswith("torchao.")
+    return kept / p.numel(), 0.0 if alone else live.peak / p.numel()
 
 
 def _nbytes(t: torch.Tensor) -> int:

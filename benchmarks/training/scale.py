@@ -44,6 +44,7 @@ from shapes import SHAPES, write  # noqa: E402
 from step import SYNC, WARM  # noqa: E402
 
 from torchtune_recipes.plan import Plan, plan  # noqa: E402
+from torchtune_recipes.recipe import override  # noqa: E402
 
 PARTS = ("equal", "resume", "speed", "8b")
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
@@ -146,8 +147,7 @@ class Scale:
         } | changes  # fmt: skip
         for key, value in changes.items():
             OmegaConf.update(cfg, key, value)
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(words))
-        assert isinstance(cfg, DictConfig)
+        cfg = override(cfg, words)
         rows = cfg.batch_size * cfg.gradient_accumulation_steps * processes * cfg.max_steps
         cfg.dataset |= {"vocabulary": SHAPES[shape]["vocab_size"], "rows": rows}
         return cfg
@@ -162,7 +162,7 @@ class Scale:
             print(f"{out.name}: {processes} x {rows} tokens, {cfg.max_steps} steps ...", flush=True)
             file = self.work / f"{out.name}.yaml"
             OmegaConf.save(cfg, file)
-            command = [str(Path(sys.executable).with_name("tune")), "run"]
+            command = [sys.executable, "-m", "torchtune._cli.tune", "run"]
             if processes > 1:
                 command += ["--nproc_per_node", str(processes)]
             path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -296,7 +296,7 @@ class Scale:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("work", help="directory for weights (24 GB with 8b), runs (20 GB) and logs")
-    p.add_argument("changes", nargs="*", metavar="key=value", help="of the timed runs' configurations")
+    p.add_argument("changes", nargs="*", metavar="key=value", help="of the timed runs' configurations, or ~key")
     p.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     p.add_argument("--processes", type=int, default=2)
     p.add_argument("--out", default="scale.csv", help="CSV to write, or to go on with")
@@ -305,8 +305,8 @@ def main() -> int:
     args = p.parse_intermixed_args()
     if odd := sorted(set(args.parts) - set(PARTS)):
         p.error(f"unknown parts {odd}; there are {', '.join(PARTS)}")
-    if args.processes < 2 or any("=" not in word for word in args.changes):
-        p.error("--processes must be 2 or more, and what is changed key=value")
+    if args.processes < 2 or any("=" not in word and word[0] != "~" for word in args.changes):
+        p.error("--processes must be 2 or more, and what is changed key=value or ~key")
     scale = Scale(args)
     scale.work.mkdir(parents=True, exist_ok=True)
     steps = {
