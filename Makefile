@@ -17,7 +17,7 @@ test: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	# Triton's interpreter is chosen when Triton is imported, so its tests have a process of their own, beside the others:
-	# most tests use one core, and wait for engines to start.
+	# most tests use one core, and wait for engines to start
 	log=$$(mktemp); failed=0; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "triton and not gpu" tests/kernels > $$log 2>&1 & \
 	interpreter=$$!; trap "kill $$interpreter 2> /dev/null || true" EXIT; \

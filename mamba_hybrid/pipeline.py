@@ -41,6 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .errors import UserError, first_line
+from .output import to_disk
 
 RECORD = "pipeline.json"
 KINDS = {"recipe": ("name", "recipe", "config", "processes", "overrides"), "command": ("name", "command")}
@@ -284,10 +285,8 @@ class Record:
         """
         work = self.file.with_suffix(".tmp")
         try:
-            with work.open("w") as f:
-                json.dump({"name": name, "done": self.done, "begun": self.begun}, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
+            work.write_text(json.dumps({"name": name, "done": self.done, "begun": self.begun}, indent=1))
+            to_disk(work)
             work.replace(self.file)
         except OSError as e:
             raise UserError(f"{self.file} cannot be written: {e.strerror}") from e

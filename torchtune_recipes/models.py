@@ -312,8 +312,9 @@ def shard(
         chosen = {layer for layer in layers if layer.layer % checkpoint_activations == 0}
         policy_of = functools.partial(lambda_auto_wrap_policy, lambda_fn=chosen.__contains__)
         set_activation_checkpointing(module, auto_wrap_policy=policy_of)
-    for layer in layers if compute_layers else ():
-        (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
+    if compute_layers:
+        for layer in layers:
+            (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
     if masters:
         module.float()
     elif mesh.size() == 1 and not offload:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
 
 from torchtune_recipes.distill_hybrid import DistillHybrid
-from torchtune_recipes.recipe import run
+from torchtune_recipes.recipe import command, run
 
 
 class Measured(DistillHybrid):
@@ -40,7 +39,7 @@ class Measured(DistillHybrid):
         Path(self.cfg.output_dir, f"rank_{self.rank}.json").write_text(json.dumps(held))
 
 
-@config.parse
+@command
 def main(cfg: DictConfig) -> int:
     """See the module."""
     return run(Measured, cfg)
