@@ -163,11 +163,10 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
 
 
 def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
-    """a @ b + add, accumulated and returned in `acc`; a and b are in `acc`, or on a GPU."""
+    """a @ b + add, accumulated and returned in `acc`, in place of `add`; a and b are in `acc`, or on a GPU."""
     if a.dtype != acc:  # half-precision inputs, fp32 out of the tensor cores
-        return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc)
-    product = a @ b
-    return product if add is None else product.add_(add)
+        return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc, out=add)
+    return a @ b if add is None else add.addmm_(a, b)
 
 
 def _other(s_KV, t_KV, labels_K, other, setting, slope) -> tuple[ForwardKL, Tensor]:
@@ -225,6 +224,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                 grad_MD[span] = product(d_KV, student_head_VD, acc)
             if head_grad:
                 grad_VD = product(d_KV.t(), h_KD, acc, grad_VD)
+            del part, d_KV  # or it would be there beside the next chunk's
         ctx.save_for_backward(grad_MD, grad_VD)
         ctx.head_dtype = head_dtype
         tokens = (labels_M != IGNORED).sum()

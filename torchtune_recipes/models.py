@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, M = B L, D model width, V vocabulary, I aligned layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -277,6 +277,28 @@ def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
     return norms
 
 
+class OneBuffer:
+    """What one process's FSDP sums gradients with: the buffer that they are copied to is the sum, as it is.
+
+    FSDP would copy it to another of the same size. It asks for the two in turn, and copies nothing from a tensor to
+    itself. See `FSDPModule.set_custom_reduce_scatter`.
+    """
+
+    def __init__(self) -> None:
+        self._copied: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer, self._copied = self._copied, None
+        if buffer is None:
+            buffer = self._copied = torch.empty(*size, dtype=dtype, device=device)
+        elif buffer.is_cuda:  # asked for on the stream of sums, which adds it to the gradients that there are
+            buffer.record_stream(torch.cuda.current_stream())
+        return buffer
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("one process has nothing to sum")
+
+
 def shard(
     module: Wrapped,
     mesh: DeviceMesh,
@@ -336,8 +358,10 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     if isinstance(module, Student):
         register_fsdp_forward_method(module, "next_tokens")
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule) and mesh.size() > 1:  # one process would pay for a division by 1
-            # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+    for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):
+        if mesh.size() == 1:  # and would pay for a division by 1
+            unit.set_custom_reduce_scatter(OneBuffer())  # type: ignore[arg-type]
+            continue
+        # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)

@@ -231,20 +231,24 @@ def _check(config: str | Path, cfg: DictConfig) -> None:
 def largest(stage: Stage, gpu: int, batch: int) -> int:
     """Rows of the largest micro-batch that fits into a GPU's bytes, 0 if not one row does.
 
-    What is alive at a moment grows by the same bytes with each row, so two sizes tell of all.
+    What is alive at a moment grows by the same bytes with each row, so two sizes tell of all; and two more, nearer to
+    what they told, where a chunk of the loss is longer than few rows.
 
     Args:
         stage: the recipe's.
         gpu: bytes of a GPU.
         batch: the rows to start from.
     """
-    rows = []
-    for one, two in zip(stage.moments(batch), stage.moments(2 * batch), strict=True):
-        row = (needed(two) - needed(one)) / batch
-        fixed = needed(one) - row * batch
-        if row > 0 or fixed > gpu:
-            rows.append((gpu - fixed) / row if row > 0 else 0)
-    return max(int(min(rows)), 0)
+    fit = batch
+    for _ in range(2):
+        start, rows = min(max(fit, 1), 8 * batch), []
+        for one, two in zip(stage.moments(start), stage.moments(2 * start), strict=True):
+            row = (needed(two) - needed(one)) / start
+            fixed = needed(one) - row * start
+            if row > 0 or fixed > gpu:
+                rows.append((gpu - fixed) / row if row > 0 else 0)
+        fit = max(int(min(rows)), 0)
+    return fit
 
 
 def format_plan(p: Plan, speeds: Speeds) -> str:

@@ -374,7 +374,11 @@ class HybridRecipe(FTRecipeInterface):
         norms = gradient_norms(self.student)
         norm = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         if limit := self.cfg.get("clip_grad_norm"):
-            nn.utils.clip_grads_with_norm_(self.student.parameters(), limit, norm)
+            if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+                # a fused optimiser divides by it as it reads the gradients, which saves a pass over them
+                self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1)  # type: ignore[attr-defined]
+            else:
+                nn.utils.clip_grads_with_norm_(self.student.parameters(), limit, norm)
         rates = {f"lr_{group['name']}": float(group["lr"]) for group in self.optimizer.param_groups}
         self.optimizer.step()
         if self.scheduler is not None:

@@ -95,6 +95,8 @@ class Stage:
         self.state, self.stepping = optimizer_bytes(cfg.optimizer)
         # FSDP has what it gathers twice, as one buffer and as parameters, or the next unit's buffer beside this unit's
         self.copies = 1 if self.gpus == 1 else 2
+        # and the gradients that it sums; one GPU's sum is the buffer that they are copied to, see models.OneBuffer
+        self.summing = 0 if layout.gpus == 1 else 1
 
     @staticmethod
     def teacher_of(cfg: DictConfig) -> str | None:
@@ -263,13 +265,13 @@ class Stage:
                 },
             )  # fmt: skip
             trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained
+            reduced, waiting = reduced + trained, 4 * trained * self.summing
         if root := model.root(trained=True):
             yield Moment(
                 "gradients of embeddings and head reduced",
                 common | self.gradients(reduced + root) | {
                     "embeddings' and head's gradients": root * self.dtype.itemsize * (1 + config.tie_word_embeddings),
-                    "being reduced": waiting + 4 * root,
+                    "being reduced": waiting + 4 * root * self.summing,
                 },
             )  # fmt: skip
         yield self.step()

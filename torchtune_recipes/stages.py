@@ -162,7 +162,7 @@ class Alignment(Stage):
                 },
             )  # fmt: skip
             trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained
+            reduced, waiting = reduced + trained, 4 * trained * self.summing
         yield self.step()
 
 

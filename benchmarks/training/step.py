@@ -10,7 +10,8 @@ Systems, each in a process of its own on one GPU:
                    attention with the documents as a mask
     plain+kernels  the same with our kernels
     distill        `tune run distill_hybrid` with compiled layers
-    distill-eager  the same, not compiled
+    distill-fp8    the same, the layers' projections multiplied in fp8
+    distill-eager  as distill, not compiled
     distill-kept   not compiled, keeping only layer inputs for the backward pass (activation checkpointing)
     align          `tune run align_hybrid` with compiled layers
 
@@ -65,7 +66,7 @@ def settings(folder: Path, args: argparse.Namespace, system: str) -> dict:
         "max_steps": args.steps,
         "device": args.device,
         "dtype": "bf16" if args.device == "cuda" else "fp32",
-        "compile": args.device == "cuda" and system in ("distill", "align"),
+        "compile": args.device == "cuda" and system in ("distill", "distill-fp8", "align"),
         "clip_grad_norm": 1.0,
         "log_every": SYNC,
         "metric_loggers": [
@@ -74,6 +75,8 @@ def settings(folder: Path, args: argparse.Namespace, system: str) -> dict:
     }  # fmt: skip
     if system != "align":
         config |= {"rest_lr": 1e-4, "loss": {"chunk_tokens": args.chunk}}
+    if system == "distill-fp8":
+        config["fp8"] = True
     if system == "distill-kept":
         config["enable_activation_checkpointing"] = True
     return config
