@@ -29,6 +29,7 @@ from mamba_hybrid.loss import distillation_loss
 from mamba_hybrid.model import Attention, Batch, HybridLayer, HybridMambaModel, LlamaRMSNorm
 
 from .gates import blend, recall_loss
+from .masters import compute_in
 from .models import relative_error
 
 META = torch.device("meta")
@@ -131,6 +132,7 @@ class Shapes:
         batch, length: B and L.
         dtype: to compute in.
         trains: whether a parameter of this name is trained.
+        masters: parameters are fp32, and cast where they are multiplied with (see `masters`).
     """
 
     def __init__(
@@ -140,8 +142,11 @@ class Shapes:
         length: int,
         dtype: torch.dtype,
         trains: Callable[[str], bool] = lambda name: True,
+        *,
+        masters: bool = False,
     ) -> None:
         self.config, self.B, self.L, self.dtype, self.trains = config, batch, length, dtype, trains
+        self.masters, self.stored = masters, torch.float32 if masters else dtype
 
     def hidden(self, *, grad: bool = False) -> Tensor:
         """Hidden states (B, L, D)."""
@@ -165,12 +170,14 @@ class Shapes:
         return sum(t.nbytes for t in (b.cos, b.sin, b.mask, b.doc_BL) if t is not None)
 
     def module(self, make: Callable[[], Any], prefix: str = "") -> Any:
-        """A module on the meta device in the dtype that FSDP computes in: the mixers' cores in fp32."""
+        """A module on the meta device as it computes: the mixers' cores in fp32."""
         with META:
             module = make()
         for name, p in module.named_parameters():
-            p.data = p.data.to(torch.float32 if "core." in name else self.dtype)
+            p.data = p.data.to(torch.float32 if "core." in name else self.stored)
             p.requires_grad_(self.trains(prefix + name))
+        if self.masters:
+            compute_in(module, self.dtype)
         return module
 
     def layer(self, index: int, *, grad: bool) -> Pass:
@@ -197,10 +204,10 @@ class Shapes:
         return _measure(lambda: norm(h_BLD), grad=True)
 
     def _head(self, *, grad: bool) -> Tensor:
-        """The head (V, D)."""
+        """The head (V, D); to be cast where it is used."""
         shape = self.config.vocab_size, self.config.hidden_size
         trained = grad and self.trains("lm_head.weight")
-        return torch.empty(shape, dtype=self.dtype, device=META, requires_grad=trained)
+        return torch.empty(shape, dtype=self.stored, device=META, requires_grad=trained)
 
     def loss(self, teacher: HybridMambaConfig, *, grad: bool = True, **setting: Any) -> Pass:
         """The chunked loss behind the heads, with the gradients of hidden states and head."""
@@ -212,7 +219,11 @@ class Shapes:
         h_MD, head_VD = of(M, self.config.hidden_size).requires_grad_(grad), self._head(grad=grad)
         t_ME, t_head_VE = of(M, teacher.hidden_size), of(V, teacher.hidden_size)
         labels_M = torch.empty(M, dtype=torch.int64, device=META)
-        return _measure(lambda: distillation_loss(h_MD, head_VD, t_ME, t_head_VE, labels_M, **setting).loss, grad=grad)
+
+        def loss() -> Tensor:
+            return distillation_loss(h_MD, head_VD.to(self.dtype), t_ME, t_head_VE, labels_M, **setting).loss
+
+        return _measure(loss, grad=grad)
 
     def log_probs(self, chunk: int, *, grad: bool) -> Pass:
         """The log-probabilities of answers that fill the rows (see `dpo_hybrid.Scorer`), as one sequence."""
@@ -222,7 +233,7 @@ class Shapes:
 
         def total() -> Tensor:
             h_MD = h_BLD.flatten(0, 1).index_select(0, at_M)
-            return sequence_log_probs(h_MD, head_VD, labels_M, sizes_1, chunk_tokens=chunk)
+            return sequence_log_probs(h_MD, head_VD.to(self.dtype), labels_M, sizes_1, chunk_tokens=chunk)
 
         return _measure(total, grad=grad)
 

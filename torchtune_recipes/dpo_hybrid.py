@@ -46,7 +46,7 @@ class Scorer(Wrapped):
         tokens' logits exist at a time."""
         h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
         h_MD = h_BLD.flatten(0, 1).index_select(0, positions_M)
-        return sequence_log_probs(h_MD, self.model.lm_head.weight, labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
+        return sequence_log_probs(h_MD, self.head(h_MD), labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
 
 
 class DpoHybrid(HybridRecipe):

@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, M = B L, D model width, V vocabulary, I aligned layers
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ from mamba_hybrid.loss import IGNORED, Distillation, distillation_loss
 from mamba_hybrid.mixer import HybridMixer, MixerCore
 from mamba_hybrid.model import Attention, HybridLayer
 
+from .masters import compute_in
+
 # what `freeze` may name, and the parameters it means
 PARTS = {
     "embeddings": ("embed_tokens", "lm_head"),
@@ -46,6 +48,10 @@ class Wrapped(nn.Module):
     """A model with a forward of another kind."""
 
     model: HybridMambaForCausalLM
+
+    def head(self, h: Tensor) -> Tensor:
+        """The head (V, D), in the dtype of what it is to be multiplied with."""
+        return self.model.lm_head.weight.to(h.dtype)
 
 
 def plain_name(name: str) -> str:
@@ -82,14 +88,14 @@ class Student(Wrapped):
         **loss: Any,
     ) -> Distillation:
         h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
-        return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels_BL.flatten(), **loss)
+        return distillation_loss(h_BLD.flatten(0, 1), self.head(h_BLD), *teacher, labels_BL.flatten(), **loss)
 
     @torch.no_grad()
     def next_tokens(self, tokens_BL: Tensor, last_B: Tensor) -> Tensor:
         """The likeliest token (B,) behind position last_B of each row; what stands after it is not looked at."""
         h_BLD = self.model.model(tokens_BL).last_hidden_state
         h_BD = h_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return (h_BD @ self.model.lm_head.weight.t()).argmax(-1)
+        return (h_BD @ self.head(h_BD).t()).argmax(-1)
 
     def release(self) -> None:
         """Give back what FSDP gathered for `next_tokens`, which no backward pass follows."""
@@ -277,28 +283,6 @@ def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
     return norms
 
 
-class OneBuffer:
-    """What one process's FSDP sums gradients with: the buffer that they are copied to is the sum, as it is.
-
-    FSDP would copy it to another of the same size. It asks for the two in turn, and copies nothing from a tensor to
-    itself. See `FSDPModule.set_custom_reduce_scatter`.
-    """
-
-    def __init__(self) -> None:
-        self._copied: Tensor | None = None
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffer, self._copied = self._copied, None
-        if buffer is None:
-            buffer = self._copied = torch.empty(*size, dtype=dtype, device=device)
-        elif buffer.is_cuda:  # asked for on the stream of sums, which adds it to the gradients that there are
-            buffer.record_stream(torch.cuda.current_stream())
-        return buffer
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise RuntimeError("one process has nothing to sum")
-
-
 def shard(
     module: Wrapped,
     mesh: DeviceMesh,
@@ -313,8 +297,7 @@ def shard(
 ) -> None:
     """FSDP2, layer by layer; the mixers' cores are units of their own that stay fp32.
 
-    One process has nothing to shard, and goes through FSDP for its mixed precision: fp32 masters, computed with in
-    another dtype, their gradients summed in fp32. A model without masters needs none of it there.
+    One process has nothing to shard, and leaves FSDP out: see `masters` for its mixed precision.
 
     Args:
         module: on the meta device, in any dtype; `loading.fill` gives it its numbers afterwards.
@@ -339,10 +322,13 @@ def shard(
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
     if masters:
         module.float()
-    elif mesh.size() == 1 and not offload:
-        module.to(dtype)
-        for core in (m for m in module.modules() if isinstance(m, MixerCore)):
-            core.float()
+    if mesh.size() == 1 and not offload:
+        if masters:
+            compute_in(module, dtype)
+        else:
+            module.to(dtype)
+            for core in (m for m in module.modules() if isinstance(m, MixerCore)):
+                core.float()
         return
     for layer in layers:
         for core in (m for m in layer.modules() if isinstance(m, MixerCore)):
@@ -358,10 +344,8 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     if isinstance(module, Student):
         register_fsdp_forward_method(module, "next_tokens")
-    for unit in (m for m in module.modules() if isinstance(m, FSDPModule)):
-        if mesh.size() == 1:  # and would pay for a division by 1
-            unit.set_custom_reduce_scatter(OneBuffer())  # type: ignore[arg-type]
-            continue
-        # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            # the loss is divided by the global number of tokens, so gradients are summed; gloo knows no other way
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)

@@ -95,8 +95,7 @@ class Stage:
         self.state, self.stepping = optimizer_bytes(cfg.optimizer)
         # FSDP has what it gathers twice, as one buffer and as parameters, or the next unit's buffer beside this unit's
         self.copies = 1 if self.gpus == 1 else 2
-        # and the gradients that it sums; one GPU's sum is the buffer that they are copied to, see models.OneBuffer
-        self.summing = 0 if layout.gpus == 1 else 1
+        self.fsdp = layout.gpus > 1  # one GPU's parameters are cast where they are multiplied with
 
     @staticmethod
     def teacher_of(cfg: DictConfig) -> str | None:
@@ -177,8 +176,7 @@ class Stage:
 
     def sharded(self, model: Parameters) -> bool:
         """Whether FSDP gathers it: see `models.shard`."""
-        offloaded = self.offload and model is self.teacher
-        return self.layout.gpus > 1 or offloaded or model.count(trained=True) > 0
+        return self.fsdp or (self.offload and model is self.teacher)
 
     def root(self, model: Parameters) -> int:
         """Bytes of embeddings, last norm and head, gathered."""
@@ -251,7 +249,8 @@ class Stage:
             yield Moment(name, before | {f"{name}, forward pass": loss.forward})
             yield Moment(f"{name}, backward pass", before | {f"{name}, its gradients": loss.backward})
         config = model.config
-        head = config.vocab_size * config.hidden_size * self.dtype.itemsize * model.trains("lm_head.weight")
+        table = config.vocab_size * config.hidden_size
+        head = table * model.trains("lm_head.weight") * (self.dtype.itemsize if self.fsdp else 4)
         reduced, waiting = 0, 0
         for i in reversed(range(n)):
             yield Moment(
@@ -265,17 +264,21 @@ class Stage:
                 },
             )  # fmt: skip
             trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained * self.summing
+            reduced, waiting = reduced + trained, 4 * trained * self.fsdp
         if root := model.root(trained=True):
+            tied = config.tie_word_embeddings
+            # without FSDP the embeddings' is added to the head's, if they are one, and else is what is kept
+            made = root * self.dtype.itemsize * (1 + tied) if self.fsdp else 4 * table * tied
             yield Moment(
-                "gradients of embeddings and head reduced",
+                "gradients of embeddings and head",
                 common | self.gradients(reduced + root) | {
-                    "embeddings' and head's gradients": root * self.dtype.itemsize * (1 + config.tie_word_embeddings),
-                    "being reduced": waiting + 4 * root * self.summing,
+                    "embeddings' and head's gradients": made,
+                    "being reduced": waiting + 4 * root * self.fsdp,
                 },
             )  # fmt: skip
         yield self.step()
 
     def pieces(self, model: Parameters, batch: int) -> Shapes:
         """A model's, on a micro-batch."""
-        return Shapes(model.config, batch, self.length, self.dtype, lambda name: model.trains(name))
+        masters = not self.fsdp and model.count(trained=True) > 0
+        return Shapes(model.config, batch, self.length, self.dtype, lambda name: model.trains(name), masters=masters)

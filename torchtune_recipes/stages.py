@@ -149,7 +149,7 @@ class Alignment(Stage):
         aligned = mine.aligned(mixers[0])
         reduced = waiting = 0
         for i in mixers:
-            unit = model.bytes(self.dtype, f".layers.{i}.", ".mixer.")
+            unit = model.bytes(self.dtype, f".layers.{i}.", ".mixer.") if self.fsdp else 0
             yield Moment(
                 f"backward pass of mixer {i}",
                 self.always() | self.gradients(reduced) | {
@@ -162,7 +162,7 @@ class Alignment(Stage):
                 },
             )  # fmt: skip
             trained = model.layer(i, trained=True)
-            reduced, waiting = reduced + trained, 4 * trained * self.summing
+            reduced, waiting = reduced + trained, 4 * trained * self.fsdp
         yield self.step()
 
 

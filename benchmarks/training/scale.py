@@ -7,8 +7,8 @@ Every run is `tune run [--nproc_per_node N] measured --config FILE`: `distill_hy
 random weights of these shapes (the teacher has the student's shape) and random packed rows. Parts:
 
     equal   20 steps on 1 and on N processes with the same micro-batches, so that only the sums over processes differ:
-            the largest relative difference of a step's loss, at most 1e-4 in fp32 (products in TF32, as the recipe has
-            them; rows of 512 tokens, to be quick) and 2e-2 in bf16
+            the largest relative difference of a step's loss, at most 1e-4 in fp32 (rows of 512 tokens, to be quick;
+            without TF32, which makes of a sum's last bit a product's eleventh) and 2e-2 in bf16
     resume  a checkpoint of the N processes after half of the fp32 steps, resumed on 1: the same, against the N
     speed   tokens a second on 1 and on N processes with the configuration's micro-batch each (weak scaling), their
             ratio, and what each GPU held
@@ -166,10 +166,11 @@ class Scale:
             if processes > 1:
                 command += ["--nproc_per_node", str(processes)]
             path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+            exact = {"NVIDIA_TF32_OVERRIDE": "0"} if cfg.dtype == "fp32" else {}
             with file.with_suffix(".log").open("w") as log:
                 code = subprocess.run(
                     [*command, "measured", "--config", str(file)], stdout=log, stderr=log,
-                    env=os.environ | {"PYTHONPATH": path},
+                    env=os.environ | {"PYTHONPATH": path} | exact,
                 ).returncode  # fmt: skip
             print(f"{out.name}: exit {code} after {time.perf_counter() - began:.0f} s", flush=True)
             if code:

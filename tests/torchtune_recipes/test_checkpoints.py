@@ -43,7 +43,7 @@ def advance(recipe, steps):
 
 
 def weights(recipe):
-    return [p.full_tensor().detach().clone() for p in recipe.student.parameters()]
+    return [p.detach().clone() for p in recipe.student.parameters()]
 
 
 def names(run):

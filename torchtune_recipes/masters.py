@@ -1,0 +1,70 @@
+"""fp32 parameters that compute in another dtype, on one process.
+
+FSDP's mixed precision gives its units the parameters in the dtype, copied; these cast theirs where they are multiplied
+with, which torch.compile puts into the layers' own kernels, and the backward pass casts the gradients. The numbers are
+FSDP's, but for the embeddings' gradient, which is summed in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.float8.float8_linear import Float8Linear
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from mamba_hybrid.mixer import MixerCore, StepLinear, ZeroLinear
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class MasterNorm(LlamaRMSNorm):
+    """Llama's RMSNorm in its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
+
+
+class MasterEmbedding(nn.Embedding):
+    """Embeddings in `computes`."""
+
+    computes: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self.computes)
+
+
+MASTERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: MasterLinear, ZeroLinear: MasterLinear, StepLinear: MasterLinear,
+    LlamaRMSNorm: MasterNorm, nn.Embedding: MasterEmbedding,
+}  # fmt: skip
+# which are fp32 throughout, and which cast by themselves
+AS_THEY_ARE = (MixerCore, Float8Linear)
+
+
+def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model of fp32 parameters compute in a dtype; a head that is multiplied with by hand is cast there.
+
+    Args:
+        module: whose submodules are changed.
+        dtype: of the hidden states.
+
+    Raises:
+        TypeError: a submodule of another kind has parameters.
+    """
+    for m in module.modules():
+        kind = type(m)
+        if isinstance(m, AS_THEY_ARE) or not list(m.parameters(recurse=False)):
+            continue
+        if kind not in MASTERS:
+            raise TypeError(f"{kind.__name__} has parameters, and nothing says how it computes in {dtype}")
+        m.__class__ = MASTERS[kind]
+        if isinstance(m, MasterEmbedding):
+            m.computes = dtype
