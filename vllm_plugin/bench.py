@@ -1,8 +1,8 @@
 """`mamba-hybrid bench serve`: one server after another under vLLM's own load generator, in one table.
 
 Wraps `vllm serve` and `vllm bench serve`. Each system is a model, alone or with a drafter, and asked by some clients
-at once for prompts of a file, or random ones, to which no drafter knows the answer. What is compared is measured in one
-go, on one machine.
+at once for prompts of a file, or random ones, to which no drafter knows the answer. What is compared is measured on one
+device, with the same settings; a run that is cut off leaves what it measured in --out, and is continued.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--input-tokens", type=int, default=512, help="of a random prompt (512)")
     p.add_argument("--output-tokens", type=int, default=128, help="of an answer (128)")
     p.add_argument("--rounds", type=int, default=4, help="requests of a client (4)")
-    p.add_argument("--out", metavar="FILE.csv", help="write the table")
+    p.add_argument(
+        "--out", metavar="FILE.csv", help="write each load as it is measured; those that stand there are not run again"
+    )
     p.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
     p.add_argument(
         "--vllm-args",
@@ -92,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UserError: a checkpoint that cannot be served, a setting out of range, a file that exists, a server that does
-            not start or a load that fails, with the last lines of its log.
+        UserError: a checkpoint that cannot be served, a setting out of range, a plot that exists, a table of another
+            run, a server that does not start or a load that fails, with the last lines of its log.
     """
     clients, flags = _check(args)
     systems = {args.model: [args.model]}
@@ -105,19 +107,20 @@ def run(args: argparse.Namespace) -> int:
             speculative,
         ]
     systems |= {path: [path] for path in args.against}
-    loads: list[Load] = []
+    settings = settings_of(args)
+    known = read_loads(args.out, settings) if args.out and Path(args.out).exists() else {}
     for system, command in systems.items():
+        left = [n for n in clients if (system, n) not in known]
+        if not left:
+            continue
         with serving([*command, *flags]) as port:
-            for n in clients:
-                loads.append(ask(system, command[0], port, n, args))
-                print(format_load(loads[-1]), flush=True)
+            for n in left:
+                load = known[system, n] = ask(system, command[0], port, n, args)
+                print(format_load(load), flush=True)
+                if args.out:
+                    write_loads(args.out, list(known.values()), settings)
+    loads = [known[system, n] for system in systems for n in clients]
     print("\n" + format_table(loads))
-    if args.out:
-        rows = io.StringIO(newline="")
-        writer = csv.DictWriter(rows, [field.name for field in fields(Load)])
-        writer.writeheader()
-        writer.writerows(asdict(load) for load in loads)
-        write_output("--out", args.out, rows.getvalue().encode())
     if args.plot:
         plot(loads, Path(args.plot))
     return 0
@@ -139,8 +142,8 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             check_output(flag, path)
-            if Path(path).exists():
-                raise UserError(f"{flag} {path} exists; give another file")
+    if args.plot and Path(args.plot).exists():
+        raise UserError(f"--plot {args.plot} exists; give another file")
     try:
         flags = shlex.split(args.vllm_args)
     except ValueError as e:
@@ -166,6 +169,66 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
                     f"of {context} of {path}"
                 )
     return clients, flags
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """What the loads of one table have in common."""
+    from vllm.platforms import current_platform
+
+    from .generate import fingerprint
+
+    models = [path for path in (args.model, args.draft, *args.against) if path]
+    return {
+        "checkpoints": " ".join(map(fingerprint, models)),
+        "drafts": str(args.drafts),
+        "prompts": args.prompts or f"{args.input_tokens} random tokens",
+        "output_tokens": str(args.output_tokens),
+        "rounds": str(args.rounds),
+        "vllm_args": args.vllm_args,
+        "device": current_platform.get_device_name(),
+    }
+
+
+def _columns(settings: dict[str, str]) -> list[str]:
+    return [*(field.name for field in fields(Load)), *settings]
+
+
+def read_loads(file: str | Path, settings: dict[str, str]) -> dict[tuple[str, int], Load]:
+    """Loads by system and number of clients of a table that `write_loads` wrote.
+
+    Raises:
+        UserError: it is something else, or its loads were put with other settings.
+    """
+    known = {}
+    try:
+        with Path(file).open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            if reader.fieldnames != _columns(settings):
+                raise ValueError
+            for row in reader:
+                for name, now in settings.items():
+                    if row[name] != now:
+                        raise UserError(
+                            f"--out {file} was measured with {name} {row[name]!r}, not {now!r}; give another --out"
+                        )
+                known[row["system"], int(row["clients"])] = Load(
+                    row["system"], int(row["clients"]), float(row["tokens_per_second"]), float(row["ttft_ms"]),
+                    float(row["tpot_ms"]), float(row["accepted"]) if row["accepted"] else None,
+                )  # fmt: skip
+    except OSError as e:
+        raise UserError(f"--out {file} cannot be read: {e.strerror}") from e
+    except (ValueError, TypeError, csv.Error) as e:
+        raise UserError(f"--out {file} exists and is no table of bench serve; give another file") from e
+    return known
+
+
+def write_loads(file: str | Path, loads: list[Load], settings: dict[str, str]) -> None:
+    """Write a table of loads with their settings."""
+    rows = io.StringIO(newline="")
+    writer = csv.DictWriter(rows, _columns(settings))
+    writer.writeheader()
+    writer.writerows(asdict(load) | settings for load in loads)
+    write_output("--out", file, rows.getvalue().encode())
 
 
 def _check_prompts(file: str, needed: int) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # requests given to the engine at a time, in batches: enough that it never waits for one
 AHEAD = 4
+LOG_SECONDS = 10  # between two states of the progress bar in a log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, default=0, help="sample from the best k tokens, 0 from all (0)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling; a row's answers depend on it and its id (0)")
     p.add_argument("--max-model-len", type=int, metavar="N", help="context (the model's)")
-    p.add_argument("--batch", type=int, default=32, help="sequences in flight (32)")
+    p.add_argument("--batch", type=int, default=256, help="sequences in flight (256); fewer where memory holds fewer")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(the model's)")
     p.add_argument("--enforce-eager", action="store_true", help="do not compile: starts sooner, runs slower")
     p.add_argument("--skip-long", action="store_true", help="leave out rows that do not fit into the context")
@@ -192,7 +193,7 @@ def row_seed(seed: int, id: str | int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps([seed, id]).encode()).digest()[:4], "big")
 
 
-def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] | None) -> LLMEngine:
+def _start(args: argparse.Namespace, batch: int, context: int, speculative: dict[str, Any] | None) -> LLMEngine:
     from .checkpoint import engine_environment
 
     os.environ |= engine_environment()
@@ -209,7 +210,7 @@ def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] |
         scheduling = {
             "enable_prefix_caching": False,
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(context, args.batch),
+            "max_num_batched_tokens": max(context, batch),
         }
     try:
         return LLMEngine.from_engine_args(
@@ -217,7 +218,7 @@ def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] |
                 model=args.model,
                 dtype=args.dtype,
                 max_model_len=context,
-                max_num_seqs=args.batch,
+                max_num_seqs=batch,
                 enforce_eager=args.enforce_eager,
                 speculative_config=speculative,
                 disable_log_stats=True,
@@ -228,7 +229,7 @@ def _start(args: argparse.Namespace, context: int, speculative: dict[str, Any] |
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         # pydantic puts a heading before the reason
         reason = " ".join(lines[:3]) if lines else type(e).__name__
-        raise UserError(f"the engine does not start: {reason}") from e
+        raise UserError(f"the engine does not start with --batch {batch}: {reason}") from e
 
 
 def _answer(
@@ -240,7 +241,8 @@ def _answer(
     results: Results,
 ) -> None:
     """Ask the engine, writing each row when its last answer is there."""
-    engine = _start(args, context, speculative)
+    batch = min(args.batch, args.n * len(todo))  # of few the engine captures fewer CUDA graphs
+    engine = _start(args, batch, context, speculative)
 
     from tqdm import tqdm
     from vllm import SamplingParams, TokensPrompt
@@ -250,9 +252,15 @@ def _answer(
     asked: dict[str, Row] = {}
     tokens = 0
     try:
-        with tqdm(desc="rows", total=total, initial=total - len(todo), unit="row", disable=None) as bar:
+        with tqdm(
+            desc="rows",
+            total=total,
+            initial=total - len(todo),
+            unit="row",
+            mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
+        ) as bar:
             while True:
-                while len(asked) < AHEAD * args.batch and (row := next(waiting, None)) is not None:
+                while len(asked) < AHEAD * batch and (row := next(waiting, None)) is not None:
                     sampling = SamplingParams(
                         n=args.n,
                         max_tokens=args.max_tokens,
@@ -285,9 +293,8 @@ def _answer(
                         }
                     )
                     tokens += sum(len(a.token_ids) for a in answers)
+                    if elapsed := bar.format_dict["elapsed"]:
+                        bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s", refresh=False)
                     bar.update()
-                    elapsed = bar.format_dict["elapsed"]
-                    if elapsed:
-                        bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s")
     finally:
         engine.engine_core.shutdown(timeout=30)

@@ -5,6 +5,7 @@ Shapes: M tokens of a batch, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,15 +71,34 @@ def copy_slot(field: Tensor, block_ids: list[int], cur_block_idx: int, num_accep
     return MambaCopySpec(start_addr=source.data_ptr(), num_elements=source.numel())
 
 
+def in_dtype(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint tensors as the engine's parameters hold them, which vLLM's loader would cast with a warning for each.
+
+    Args:
+        weights: by their names in the checkpoint.
+        dtype: the engine's; weights and biases in another float type are cast to it. The mixers' cores stay, which are
+            fp32 in the engine, and what belongs to a quantised weight.
+    """
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in weights:
+        plain = type(tensor) is Tensor and tensor.dtype in floats and name.endswith((".weight", ".bias"))
+        yield name, tensor.to(dtype) if plain and ".core." not in name else tensor
+
+
 class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
     """The hybrid as vLLM loads it; parameter names are the checkpoint's."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)  # type: ignore[arg-type]
+        self.dtype = vllm_config.model_config.dtype
         if vllm_config.lora_config is not None:
             from .punica import choose_punica
 
             choose_punica()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As vLLM's Llama, without its warnings about a checkpoint in another float type."""
+        return super().load_weights(in_dtype(weights, self.dtype))
 
     def process_weights_after_loading(self) -> None:
         """vLLM calls this when the weights are there, and again when they are replaced."""

@@ -21,18 +21,24 @@ OURS = {"_near", "_states", "_outputs", "_write", "_verify", "_readout"}
 
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_prompts_of_all_lengths_find_their_kernels(start_engine, tmp_path, drafts):  # noqa: F811
+    model = write_hybrid(tmp_path / "hybrid", "heads", max_position_embeddings=8192)
     llm = {
-        "model": str(write_hybrid(tmp_path / "hybrid", "heads")), "dtype": "bfloat16", "max_model_len": 4400,
-        "max_num_seqs": 32, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.2, "disable_log_stats": False,
+        "model": str(model), "dtype": "bfloat16", "max_model_len": 4400, "max_num_seqs": 32,
+        "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.2, "disable_log_stats": False,
         "jit_monitor_verbose": True,
     }  # fmt: skip
     if drafts:
-        llm["speculative_config"] = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
+        llm["speculative_config"] = {
+            "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1
+        }  # fmt: skip
     lengths = [2, 7, 40, 200, 900, 1500, 4000] + [11, 33] * 14
     job = {"llm": llm, "prompts": prompts(lengths, seed=0), "new": 20, "rounds": 1}
     # a cache of compiled kernels would hide what was compiled late
-    done = start_engine(job, tmp_path, VLLM_USE_V2_MODEL_RUNNER="1", TRITON_CACHE_DIR=str(tmp_path / "triton"))
+    switches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "VLLM_LOGGING_LEVEL": "INFO"}
+    done = start_engine(job, tmp_path, VLLM_USE_V2_MODEL_RUNNER="1", **switches)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(json.loads((tmp_path / "result.json").read_text())["rounds"][0]) == len(lengths)
-    late = set(re.findall(r"JIT compilation during inference: (\w+)", done.stdout + done.stderr))
+    log = done.stdout + done.stderr
+    assert "Kernel JIT monitor activated" in log
+    late = set(re.findall(r"JIT compilation during inference: (\w+)", log))
     assert not late & OURS, late

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from mamba_hybrid.cli import main
-from vllm_plugin.bench import Load, format_load, format_table, plot
+from mamba_hybrid.errors import UserError
+from vllm_plugin.bench import (
+    Load,
+    add_arguments,
+    format_load,
+    format_table,
+    plot,
+    read_loads,
+    settings_of,
+    write_loads,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +28,7 @@ from vllm_plugin.bench import Load, format_load, format_table, plot
         (["--rounds", "0"], ["--rounds 0"]),
         (["--input-tokens", "1000"], ["--input-tokens 1000", "--output-tokens 128", "1024"]),
         (["--draft", "nowhere"], ["nowhere"]),
-        (["--out", __file__], ["--out", "exists"]),
+        (["--out", __file__], ["--out", "exists and is no table"]),
         (["--out", "nowhere/table.csv"], ["--out nowhere/table.csv", "no directory nowhere"]),
         (["--plot", "table.gif"], ["--plot table.gif", ".png"]),
         (["--vllm-args", "'"], ["--vllm-args '"]),
@@ -55,3 +67,21 @@ def test_table_and_plot(tmp_path):
     assert format_load(loads[2]).endswith("then 4.50 ms each, 2.50 tokens a step")
     plot(loads, tmp_path / "loads.png")
     assert (tmp_path / "loads.png").stat().st_size > 1000
+
+
+def test_table_is_continued(hybrids, tmp_path, capsys):
+    model, file = str(hybrids["shared"]), tmp_path / "loads.csv"
+    command = ["bench", "serve", model, "--clients", "1,8", "--out", str(file), "--vllm-args", "--dtype 'float32'"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    settings = settings_of(parser.parse_args(command[1:]))
+    loads = [Load(model, 1, 100.5, 20.0, 9.5), Load(model, 8, 500.0, 35.0, 10.0, 2.4)]
+    write_loads(file, loads, settings)
+    assert read_loads(file, settings) == {(model, 1): loads[0], (model, 8): loads[1]}
+    assert main(command) == 0  # nothing is left to measure
+    assert f"| {model} | 100.5 (1.00x) | 500.0 (1.00x) |" in capsys.readouterr().out
+    assert main([*command, "--rounds", "2"]) == 1
+    assert "was measured with rounds '4', not '2'; give another --out" in capsys.readouterr().err
+    file.write_text("")
+    with pytest.raises(UserError, match="no table of bench serve"):
+        read_loads(file, settings)

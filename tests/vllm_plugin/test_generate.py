@@ -298,6 +298,7 @@ def test_killed_run_continues(hybrids, tmp_path, environment):
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"{len(asked) - done} rows answered, {done} were there, 1 skipped" in second.stderr
+    assert "tok/s]" in second.stderr  # the progress bar, in a log too
     assert out.read_bytes().startswith(kept)
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(a["id"] for a in answers) == list(range(1, len(asked) + 1))

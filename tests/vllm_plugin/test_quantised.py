@@ -47,6 +47,7 @@ def serve(environment, tmp_path):
             env=environment, capture_output=True, text=True, timeout=500,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        assert "Attempted to load weight" not in done.stdout + done.stderr  # vLLM's warning, for each tensor
         return torch.load(tmp_path / "result.pt")
 
     return run
