@@ -227,8 +227,6 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         mask = first_D1 = None
         if cache is None and carry is None and valid_BL is None and packed_runs(h, self.config.head_dim):
             first_D1 = document_starts(document_ids, b, T, h.device)
-            # each batch has another number of documents: one compiled layer for all of them
-            torch._dynamo.maybe_mark_dynamic(first_D1, 0)
         else:
             mask = self._mask(T, past, valid_BL, documents, h.device)
         cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
