@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mamba_hybrid_kernels import StepRows, document_starts, packed_attention, packed_runs
+from mamba_hybrid_kernels import PackedDocuments, StepRows, document_starts, packed_attention, packed_runs
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -175,7 +175,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         past_key_values: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | PackedDocuments | None = None,
         carry: Carry | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
@@ -189,7 +189,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
             past_key_values: what an earlier pass returned.
             use_cache: return one.
             document_ids: (B, T) integers; a token sees only tokens of its own document, and positions start
-                at 0 in each. Not with a cache.
+                at 0 in each. Not with a cache. As `PackedDocuments` where the device is not to be waited for.
             carry: makes the tokens a chunk of longer rows, whose document_ids go on from the chunk before.
 
         Raises:
@@ -198,6 +198,9 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
+        starts_D1 = None
+        if isinstance(document_ids, PackedDocuments):
+            document_ids, starts_D1 = document_ids
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, T = h.shape[:2]
         cache = past_key_values
@@ -226,7 +229,7 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
             rows = StepRows.of(list(range(b)), cache.tokens, valid_BT.sum(1).tolist(), h.device)
         mask = first_D1 = None
         if cache is None and carry is None and valid_BL is None and packed_runs(h, self.config.head_dim):
-            first_D1 = document_starts(document_ids, b, T, h.device)
+            first_D1 = document_starts(document_ids, b, T, h.device) if starts_D1 is None else starts_D1
         else:
             mask = self._mask(T, past, valid_BL, documents, h.device)
         cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
@@ -302,7 +305,7 @@ class HybridMambaForCausalLM(HybridMambaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | PackedDocuments | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:

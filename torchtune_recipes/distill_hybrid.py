@@ -152,6 +152,7 @@ class DistillHybrid(HybridRecipe):
         sums, theirs, mine = torch.zeros(len(self.measured), device=self.device), Carry(), Carry()
         for chunk in batch.chunks(self.chunk):
             sums += self._learn(chunk, counted, theirs, mine)
+            assert isinstance(chunk.documents, Tensor)
             theirs, mine = theirs.following(chunk.documents), mine.following(chunk.documents)
         return sums
 

@@ -9,6 +9,7 @@ import inspect
 import math
 
 import torch
+from mamba_hybrid_kernels import PackedDocuments
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,11 +41,17 @@ class Scorer(Wrapped):
         self.model = model
 
     def forward(
-        self, tokens_BL: Tensor, doc_BL: Tensor, positions_M: Tensor, labels_M: Tensor, sizes_P2: Tensor, chunk: int
+        self,
+        tokens_BL: Tensor,
+        documents: Tensor | PackedDocuments,
+        positions_M: Tensor,
+        labels_M: Tensor,
+        sizes_P2: Tensor,
+        chunk: int,
     ) -> Tensor:
         """(2 P,) fp32, of each pair's chosen and rejected answer in nats; the arguments are `PairBatch`'s and how many
         tokens' logits exist at a time."""
-        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state
+        h_BLD = self.model.model(tokens_BL, document_ids=documents).last_hidden_state
         h_MD = h_BLD.flatten(0, 1).index_select(0, positions_M)
         return sequence_log_probs(h_MD, self.head(h_MD), labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
 

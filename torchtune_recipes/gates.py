@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mamba_hybrid_kernels import PackedDocuments
 from torch import Tensor, nn
 
 from mamba_hybrid.loss import Distillation, distillation_loss
@@ -159,7 +160,9 @@ class Gated(Wrapped):
             assert isinstance(layer, HybridLayer) and isinstance(other, HybridLayer)
             self.blends.append(blend(layer, copy.deepcopy(other.self_attn)))
 
-    def _hidden(self, tokens_BL: Tensor, doc_BL: Tensor | None, gates: float | Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, tokens_BL: Tensor, documents: Tensor | PackedDocuments | None, gates: float | Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(gates, Sequence):
             values_I, each = torch.tensor(gates).float(), list(gates)
         else:
@@ -167,7 +170,7 @@ class Gated(Wrapped):
             each = list(values_I.unbind())
         for both, gate in zip(self.blends, each, strict=True):
             both.gate = gate
-        return self.model.model(tokens_BL, document_ids=doc_BL).last_hidden_state, values_I.detach()
+        return self.model.model(tokens_BL, document_ids=documents).last_hidden_state, values_I.detach()
 
     def forward(self, task: str, gates: float | Sequence[bool], *inputs: Any, **more: Any) -> Any:
         """One of the tasks below; FSDP has gathered the head for them.
@@ -180,11 +183,11 @@ class Gated(Wrapped):
         return getattr(self, f"_{task}")(gates, *inputs, **more)
 
     def _imitate(
-        self, gates: float | Sequence[bool], tokens_BL: Tensor, doc_BL: Tensor, labels_BL: Tensor,
+        self, gates: float | Sequence[bool], tokens_BL: Tensor, documents: Tensor | PackedDocuments, labels_BL: Tensor,
         teacher: tuple[Tensor, Tensor], **loss: Any,
     ) -> tuple[Distillation, Tensor]:  # fmt: skip
         """Distance from the teacher, and the gates' values (I,)."""
-        h_BLD, values_I = self._hidden(tokens_BL, doc_BL, gates)
+        h_BLD, values_I = self._hidden(tokens_BL, documents, gates)
         labels = labels_BL.flatten()
         return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels, **loss), values_I
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from mamba_hybrid_kernels import PackedDocuments
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -66,8 +67,10 @@ class Teacher(Wrapped):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
 
-    def forward(self, tokens_BL: Tensor, doc_BL: Tensor, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
-        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
+    def forward(
+        self, tokens_BL: Tensor, documents: Tensor | PackedDocuments, carry: Carry | None = None
+    ) -> tuple[Tensor, Tensor]:
+        h_BLD = self.model.model(tokens_BL, document_ids=documents, carry=carry).last_hidden_state
         return h_BLD.flatten(0, 1), self.model.lm_head.weight
 
 
@@ -81,13 +84,13 @@ class Student(Wrapped):
     def forward(
         self,
         tokens_BL: Tensor,
-        doc_BL: Tensor,
+        documents: Tensor | PackedDocuments,
         labels_BL: Tensor,
         teacher: tuple[Tensor, Tensor],
         carry: Carry | None = None,
         **loss: Any,
     ) -> Distillation:
-        h_BLD = self.model.model(tokens_BL, document_ids=doc_BL, carry=carry).last_hidden_state
+        h_BLD = self.model.model(tokens_BL, document_ids=documents, carry=carry).last_hidden_state
         return distillation_loss(h_BLD.flatten(0, 1), self.head(h_BLD), *teacher, labels_BL.flatten(), **loss)
 
     @torch.no_grad()
@@ -131,15 +134,15 @@ class Aligner(Wrapped):
                 mixer.o_proj.requires_grad_(False)
         self.error = torch.compile(relative_error) if compute else relative_error
 
-    def forward(self, tokens_BL: Tensor, doc_BL: Tensor) -> None:
+    def forward(self, tokens_BL: Tensor, documents: Tensor | PackedDocuments) -> None:
         """The student's forward pass, for who watches it."""
-        self.model.model(tokens_BL, document_ids=doc_BL)
+        self.model.model(tokens_BL, document_ids=documents)
 
     def align(
         self,
         teacher: Teacher,
         tokens_BL: Tensor,
-        doc_BL: Tensor,
+        documents: Tensor | PackedDocuments,
         labels_BL: Tensor,
         counted: int,
         *,
@@ -153,7 +156,7 @@ class Aligner(Wrapped):
 
         Args:
             teacher: with attention where this has mixers.
-            tokens_BL, doc_BL, labels_BL: see `packing.Batch`.
+            tokens_BL, documents, labels_BL: see `packing.Batch`.
             counted: labels of all processes' step; a row weighs as much as it has labels.
             on_student: mixer and attention both read what the mixer reads in the student as it is, instead of what the
                 attention reads in the teacher.
@@ -179,7 +182,7 @@ class Aligner(Wrapped):
         attentions = {i: teacher.model.get_submodule(f"model.layers.{i}.self_attn") for i in layers}
         with torch.no_grad():
             if on_student:
-                for layer, inputs in self._inputs(tokens_BL, doc_BL).items():
+                for layer, inputs in self._inputs(tokens_BL, documents).items():
                     learn(layer, inputs, attentions[layer])
                 return torch.stack([sums[i] for i in layers])
             hooks = [
@@ -187,7 +190,7 @@ class Aligner(Wrapped):
                 for i, module in attentions.items()
             ]
             with removed(hooks):
-                teacher(tokens_BL, doc_BL)
+                teacher(tokens_BL, documents)
         return torch.stack([sums[i] for i in layers])
 
     def _errors(self, layer: int, u: Tensor, batch: Any, goal: Any, counted_BL: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class Aligner(Wrapped):
             return mixer.matrix_error(u, batch.cos, batch.sin, batch.doc_BL, goal, counted_BL)
         return self.error(mixer(u, batch.cos, batch.sin, batch.doc_BL, batch.first_D1), goal, counted_BL)
 
-    def _inputs(self, tokens_BL: Tensor, doc_BL: Tensor) -> dict[int, tuple[Tensor, Any]]:
+    def _inputs(self, tokens_BL: Tensor, documents: Tensor | PackedDocuments) -> dict[int, tuple[Tensor, Any]]:
         """What each mixer layer's mixer reads in the student: its normed input and the batch."""
         read: dict[int, tuple[Tensor, Any]] = {}
         hooks = []
@@ -213,7 +216,7 @@ class Aligner(Wrapped):
                 )
             )
         with removed(hooks):
-            self(tokens_BL, doc_BL)
+            self(tokens_BL, documents)
         return read
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from mamba_hybrid_kernels import PackedDocuments, document_starts
 from torch import Tensor
 
 from mamba_hybrid.errors import UserError
@@ -23,26 +24,37 @@ def on_device(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+def documents_on_device(doc_BL: Tensor, device: torch.device) -> PackedDocuments:
+    """The host's ids of documents on a device, with where they begin."""
+    rows, length = doc_BL.shape
+    first_D1 = on_device(document_starts(doc_BL, rows, length, doc_BL.device), device)
+    torch._dynamo.maybe_mark_dynamic(first_D1, 0)  # each batch has another number of them
+    return PackedDocuments(on_device(doc_BL, device), first_D1)
+
+
 class Batch(NamedTuple):
     """Rows as the models and the loss take them, all int64 (B, L).
 
     Args:
         tokens: token numbers.
-        documents: numbers 0, 1, ... of the documents within each row.
+        documents: numbers 0, 1, ... of the documents within each row; `PackedDocuments` once `to` was called.
         labels: the token that follows within the same document, -100 where none does or none is to be learnt.
     """
 
     tokens: Tensor
-    documents: Tensor
+    documents: Tensor | PackedDocuments
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """On a device; the copy to a GPU does not wait."""
-        return Batch(*(on_device(t, device) for t in self))
+        """The host's rows on a device; the copy to a GPU does not wait."""
+        assert isinstance(self.documents, Tensor)
+        documents = documents_on_device(self.documents, device)
+        return Batch(on_device(self.tokens, device), documents, on_device(self.labels, device))
 
     def chunks(self, tokens: int) -> Iterator[Batch]:
-        """Its columns, at most so many at a time."""
-        for parts in zip(*(t.split(tokens, 1) for t in self), strict=True):
+        """Its columns, at most so many at a time, with the documents' ids alone."""
+        doc_BL = self.documents.ids_BL if isinstance(self.documents, PackedDocuments) else self.documents
+        for parts in zip(*(t.split(tokens, 1) for t in (self.tokens, doc_BL, self.labels)), strict=True):
             yield Batch(*parts)
 
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mamba_hybrid_kernels import PackedDocuments
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mamba_hybrid.errors import UserError
 
 from .chat import check_messages, render_answer, trained_tokens
-from .packing import on_device
+from .packing import documents_on_device, on_device
 from .rows import Rows
 from .source import read_rows
 
@@ -31,21 +32,24 @@ class PairBatch(NamedTuple):
 
     Args:
         tokens: token numbers (B, L).
-        documents: numbers 0, 1, ... of the documents within each row (B, L).
+        documents: numbers 0, 1, ... of the documents within each row (B, L); `PackedDocuments` once `to` was called.
         positions: (M,) of the tokens that predict the answers', in the flattened rows; answer after answer.
         labels: (M,) what they predict.
         sizes: (P, 2) tokens of each chosen and rejected answer; their sum is M.
     """
 
     tokens: Tensor
-    documents: Tensor
+    documents: Tensor | PackedDocuments
     positions: Tensor
     labels: Tensor
     sizes: Tensor
 
     def to(self, device: torch.device) -> PairBatch:
-        """On a device; the copy to a GPU does not wait."""
-        return PairBatch(*(on_device(t, device) for t in self))
+        """The host's rows on a device; the copy to a GPU does not wait."""
+        tokens, documents, *answers = self
+        assert isinstance(documents, Tensor)
+        moved = (on_device(t, device) for t in answers)
+        return PairBatch(on_device(tokens, device), documents_on_device(documents, device), *moved)
 
 
 @dataclass

@@ -140,6 +140,7 @@ def plain(folder: Path, args: argparse.Namespace, system: str) -> dict:
     import mamba_hybrid.model
     from mamba_hybrid.checkpoint import load_model
     from torchtune_recipes.order import RowOrder
+    from torchtune_recipes.packing import Batch
     from torchtune_recipes.recipe import component
 
     if system == "plain":
@@ -156,7 +157,7 @@ def plain(folder: Path, args: argparse.Namespace, system: str) -> dict:
     loss_of, speeds, first = ForwardKLLoss(), [], math.nan
     began = time.perf_counter()
     for step in range(args.steps):
-        batch = data.batch(next(order.micro_batches(step))).to(device)
+        batch = Batch(*(t.to(device) for t in data.batch(next(order.micro_batches(step)))))
         # transformers finds the documents by their positions, which start anew in each
         starts = torch.nn.functional.pad(batch.documents.diff(dim=1) != 0, (1, 0), value=True)
         columns = torch.arange(args.length, device=device).expand_as(batch.tokens)

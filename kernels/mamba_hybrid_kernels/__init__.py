@@ -9,7 +9,7 @@
 
 from .conv import short_conv, short_conv_step
 from .forward_kl import ForwardKL, forward_kl
-from .packed import document_starts, packed_attention, packed_runs
+from .packed import PackedDocuments, document_starts, packed_attention, packed_runs
 from .readout import head_norm, open_gate, readout
 from .replay import replay
 from .rows import StepRows
@@ -19,6 +19,7 @@ from .window import window_attention
 
 __all__ = [
     "ForwardKL",
+    "PackedDocuments",
     "SlotLayout",
     "SlotTensors",
     "StepRows",

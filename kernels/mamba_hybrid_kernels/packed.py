@@ -6,7 +6,7 @@ Shapes: B rows, L tokens of a row, M = B L, D documents, H query heads, G key/va
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,21 @@ def packed_runs(t: Tensor, width: int) -> bool:
     return t.is_cuda and torch.version.hip is None and halves and width % 8 == 0 and width <= 256
 
 
+class PackedDocuments(NamedTuple):
+    """Documents of packed rows, with what a GPU would else be waited for: how many there are.
+
+    Args:
+        ids_BL, first_D1: what `document_starts` takes and returns.
+    """
+
+    ids_BL: Tensor
+    first_D1: Tensor
+
+
 def document_starts(doc_BL: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
     """Where the documents of packed rows begin among all tokens, and their number at the end: int32 (D + 1).
 
-    Waits for the device if there are ids: how many documents there are decides about a shape.
+    Waits for the device if there are ids: how many documents there are decides about a shape. See `PackedDocuments`.
 
     Args:
         doc_BL: integer document ids (B, L), a document's tokens side by side; None for one document a row.

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from mamba_hybrid_kernels import PackedDocuments, document_starts
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mamba_hybrid import HybridMambaConfig, HybridMambaForCausalLM
@@ -58,6 +59,8 @@ def test_packed_documents_equal_single_ones(kind):
     model, ids = tiny(**KINDS[kind]), prompts()
     doc = torch.cat([torch.full((len(t),), i) for i, t in enumerate(ids)])[None]
     packed = model(torch.cat(ids)[None], document_ids=doc).logits[0]
+    begun = PackedDocuments(doc, document_starts(doc, *doc.shape, doc.device))
+    assert torch.equal(model(torch.cat(ids)[None], document_ids=begun).logits[0], packed)
     apart = torch.cat([model(t[None]).logits[0] for t in ids])
     largest = float(apart.abs().max())
     assert largest > 1

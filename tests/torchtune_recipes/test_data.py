@@ -69,6 +69,11 @@ def test_packing_labels_and_document_ids():
         [0, 0, 0, 0, 0, 1, 1, 1],
     ]
     assert rows.valid_R.tolist() == (batch.labels != -100).sum(1).tolist()
+    moved = batch.to(torch.device("cpu"))
+    assert moved.documents.ids_BL is batch.documents
+    assert moved.documents.first_D1.tolist() == [0, 3, 8, 16, 23, 24, 31, 32, 40, 45, 48]
+    chunks = list(moved.chunks(5))
+    assert torch.equal(torch.cat([chunk.documents for chunk in chunks], 1), batch.documents)
 
 
 def test_digest_changes_with_the_tokens_and_with_what_is_learnt():
