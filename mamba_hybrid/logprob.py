@@ -84,6 +84,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_MD is not None:
                 grad_MD[span] = product(d_KV, inner_VD, acc)
             if grad_VD is not None:
-                grad_VD += product(d_KV.t(), h_KD, acc)
+                product(d_KV.t(), h_KD, acc, grad_VD)
             del d_KV
         return grad_MD, None if grad_VD is None else grad_VD.to(head_VD.dtype), None, None

@@ -80,7 +80,7 @@ class OnGPU(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
             *_, a, b = args
-            return a.new_empty(a.shape[0], b.shape[1], dtype=kwargs["out_dtype"])
+            return kwargs["out"] if "out" in kwargs else a.new_empty(a.shape[0], b.shape[1], dtype=kwargs["out_dtype"])
         return func(*args, **kwargs)
 
 
