@@ -166,7 +166,8 @@ def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -
     """a @ b + add, accumulated and returned in `acc`, in place of `add`; a and b are in `acc`, or on a GPU."""
     if a.dtype != acc:  # half-precision inputs, fp32 out of the tensor cores
         return torch.mm(a, b, out_dtype=acc) if add is None else torch.addmm(add, a, b, out_dtype=acc, out=add)
-    return a @ b if add is None else add.addmm_(a, b)
+    # not addmm_, which PyTorch's FLOP counter leaves out
+    return a @ b if add is None else torch.addmm(add, a, b, out=add)
 
 
 def _other(s_KV, t_KV, labels_K, other, setting, slope) -> tuple[ForwardKL, Tensor]:
