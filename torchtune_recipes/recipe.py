@@ -280,7 +280,8 @@ class HybridRecipe(FTRecipeInterface):
 
     def _scheduler(self) -> Any:
         """The schedule, standing at the step to come: the first has a rate above 0, the one after the last has 0."""
-        if not self.cfg.get("lr_scheduler"):
+        node = self.cfg.get("lr_scheduler")
+        if not node or ("_component_" in node and node["_component_"] is None):  # as torchtune reads lr_scheduler=null
             return None
         for group in self.optimizer.param_groups:
             rate = group["initial_lr"] = self.cfg[f"{group['name']}_lr"]
@@ -289,7 +290,7 @@ class HybridRecipe(FTRecipeInterface):
             else:
                 group["lr"] = rate
         return component(
-            "lr_scheduler", self.cfg.lr_scheduler, self.optimizer,
+            "lr_scheduler", node, self.optimizer,
             num_training_steps=self.steps + 1, last_epoch=self.step,
         )  # fmt: skip
 
@@ -513,6 +514,8 @@ def component(key: str, node: DictConfig, *args: Any, **more: Any) -> Any:
     assert isinstance(plain, dict)
     kwargs: dict[str, Any] = {str(k): v for k, v in plain.items()}
     name = kwargs.pop("_component_")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{key}._component_ must be a dotted path, it is {name!r}")
     try:
         target = _get_component_from_path(name)
         inspect.signature(target).bind(*args, **kwargs, **more)

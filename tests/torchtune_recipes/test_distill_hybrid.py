@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from mamba_hybrid.checkpoint import load_model, save_model
@@ -15,7 +16,7 @@ from mamba_hybrid.flops import distillation_flops
 from tests.tiny import save_transformer
 from torchtune_recipes.distill_hybrid import DistillHybrid, main, run
 from torchtune_recipes.models import PARTS
-from torchtune_recipes.recipe import component
+from torchtune_recipes.recipe import component, override
 
 from .conftest import CONFIG, branch, metrics, start
 
@@ -224,6 +225,13 @@ def test_parameter_groups(config):
     assert rates == {"lr_mixer": 0.02, "lr_rest": 0.01}
 
 
+def test_no_schedule_from_the_command_line(config):
+    """torchtune reads it as the path of the component, and takes no ~lr_scheduler."""
+    recipe = ready(override(config(), ["lr_scheduler=null"]))
+    assert recipe.scheduler is None
+    recipe.cleanup()
+
+
 def test_schedule_warms_up_and_ends_above_zero(config, tmp_path):
     assert run(config(max_steps=6, mixer_lr=0.001, rest_lr=0.001)) == 0
     rates = [row["lr_mixer"] for row in metrics(tmp_path / "run")]
@@ -412,6 +420,8 @@ def test_truncated_student(config, capsys, models, tmp_path):
 def test_component_of_something_else():
     with pytest.raises(UserError, match="dataset needs a _component_"):
         component("dataset", "text")
+    with pytest.raises(UserError, match="must be a dotted path, it is None"):
+        component("optimizer", OmegaConf.create({"_component_": None}))
 
 
 def test_gradient_norms_of_the_parts(config, models, tmp_path):
