@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mamba_hybrid_kernels import PackedDocuments
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -321,6 +322,8 @@ def shard(
         policy_of = functools.partial(lambda_auto_wrap_policy, lambda_fn=chosen.__contains__)
         set_activation_checkpointing(module, auto_wrap_policy=policy_of)
     if compute_layers:
+        # or what parameters are cast to is kept for the backward pass, which can cast them again
+        functorch_config.ban_recompute_materialized_backward = False
         for layer in layers:
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
     if masters:

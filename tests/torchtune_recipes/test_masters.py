@@ -88,3 +88,20 @@ def test_layers_compile_whole(mesh, monkeypatch):
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, others[name], rtol=0, atol=0.05 * float(others[name].abs().max()))
+
+
+def test_compiled_layers_cast_again_instead_of_keeping(mesh, monkeypatch):
+    """What the backward pass needs of a weight is the fp32 parameter itself, not a copy in the dtype."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    torch.manual_seed(0)
+    model, kept = Student(HybridMambaForCausalLM(HybridMambaConfig(**CONFIG))), []
+    shard(model, mesh, torch.bfloat16, masters=True, compute_layers=True)
+    torch._dynamo.reset()
+    tokens_BL = torch.arange(96).view(2, 48) % 64
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.model.model(tokens_BL)
+    weights = [m.weight for m in model.model.model.layers.modules() if isinstance(m, nn.Linear)]
+    assert {w.data_ptr() for w in weights} <= {t.data_ptr() for t in kept}
+    sizes = {w.numel() for w in weights}  # no activation has as many numbers
+    assert not [t.shape for t in kept if t.dtype == torch.bfloat16 and t.numel() in sizes]
