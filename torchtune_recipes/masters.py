@@ -1,11 +1,13 @@
 """fp32 parameters that compute in another dtype, on one process.
 
 FSDP's mixed precision gives its units the parameters in the dtype, copied; these cast theirs where they are multiplied
-with, which torch.compile puts into the layers' own kernels, and the backward pass casts the gradients. The numbers are
+with, and once more in the backward pass, so that no copy is kept between, and cast the gradients. The numbers are
 FSDP's, but for the embeddings' gradient, which is summed in fp32.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,30 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mamba_hybrid.mixer import MixerCore, StepLinear, ZeroLinear
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        grad_x = upstream @ weight.to(upstream.dtype) if to_x else None
+        grad_weight = grad_bias = None
+        if to_weight:
+            grad_weight = (upstream.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+        if to_bias:
+            grad_bias = upstream.flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias
+
+
 class MasterLinear(nn.Linear):
     """A linear layer in its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _Linear.apply(x, self.weight, self.bias)
 
 
 class MasterNorm(LlamaRMSNorm):

@@ -322,7 +322,7 @@ def shard(
         policy_of = functools.partial(lambda_auto_wrap_policy, lambda_fn=chosen.__contains__)
         set_activation_checkpointing(module, auto_wrap_policy=policy_of)
     if compute_layers:
-        # or what parameters are cast to is kept for the backward pass, which can cast them again
+        # or the partitioner takes the two casts of a parameter for one (see `masters`), and keeps what it makes
         functorch_config.ban_recompute_materialized_backward = False
         for layer in layers:
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()

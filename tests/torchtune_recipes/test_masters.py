@@ -90,13 +90,14 @@ def test_layers_compile_whole(mesh, monkeypatch):
         torch.testing.assert_close(grad, others[name], rtol=0, atol=0.05 * float(others[name].abs().max()))
 
 
-def test_compiled_layers_cast_again_instead_of_keeping(mesh, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_cast_again_instead_of_keeping(mesh, monkeypatch, compiled):
     """What the backward pass needs of a weight is the fp32 parameter itself, not a copy in the dtype."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     torch.manual_seed(0)
     model, kept = Student(HybridMambaForCausalLM(HybridMambaConfig(**CONFIG))), []
-    shard(model, mesh, torch.bfloat16, masters=True, compute_layers=True)
+    shard(model, mesh, torch.bfloat16, masters=True, compute_layers=compiled)
     torch._dynamo.reset()
     tokens_BL = torch.arange(96).view(2, 48) % 64
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
