@@ -5,10 +5,30 @@ Shapes: B rows, T tokens of a chunk, L tokens of all chunks up to this one, G ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .mixer import MixerPast
+
+class LayerCarry:
+    """A layer's part, an object of its own so that torch.compile finds all layers of a kind alike.
+
+    Args:
+        past: of the chunk before: an attention layer's keys and values (B, G, L - T, P), or a mixer's `MixerPast`;
+            None in the first chunk.
+    """
+
+    def __init__(self, past: Any = None) -> None:
+        self.past = past
+        self.next: Any = None
+
+    def attend(self, k_BGTP: Tensor, v_BGTP: Tensor) -> tuple[Tensor, Tensor]:
+        """An attention layer's keys and values of all tokens (B, G, L, P)."""
+        if self.past is not None:
+            k_BGTP, v_BGTP = (torch.cat(pair, 2) for pair in zip(self.past, (k_BGTP, v_BGTP), strict=True))
+        self.next = k_BGTP.detach(), v_BGTP.detach()
+        return k_BGTP, v_BGTP
 
 
 class Carry:
@@ -19,8 +39,7 @@ class Carry:
 
     Args:
         documents: ids of all tokens before (B, L - T), None in the first chunk.
-        kv: of each attention layer, keys and values (B, G, L - T, P) before.
-        mixers: of each mixer layer, what the chunk before gave.
+        pasts: by layer, what the chunk before gave.
 
     Example:
         >>> carry = Carry()
@@ -29,27 +48,19 @@ class Carry:
         ...     carry = carry.following(documents)
     """
 
-    def __init__(
-        self,
-        documents: Tensor | None = None,
-        kv: dict[int, tuple[Tensor, Tensor]] | None = None,
-        mixers: dict[int, MixerPast] | None = None,
-    ) -> None:
-        self.documents, self.kv, self.mixers = documents, kv or {}, mixers or {}
-        self.next_kv: dict[int, tuple[Tensor, Tensor]] = {}
-        self.next_mixers: dict[int, MixerPast] = {}
+    def __init__(self, documents: Tensor | None = None, pasts: dict[int, Any] | None = None) -> None:
+        self.documents, self.pasts = documents, pasts or {}
+        self.layers: dict[int, LayerCarry] = {}
 
     def behind(self, doc_BT: Tensor) -> Tensor:
         """Document ids of all tokens up to the chunk's last (B, L)."""
         return doc_BT if self.documents is None else torch.cat([self.documents, doc_BT], 1)
 
-    def attend(self, layer: int, k_BGTP: Tensor, v_BGTP: Tensor) -> tuple[Tensor, Tensor]:
-        """An attention layer's keys and values of all tokens (B, G, L, P)."""
-        if layer in self.kv:
-            k_BGTP, v_BGTP = (torch.cat(pair, 2) for pair in zip(self.kv[layer], (k_BGTP, v_BGTP), strict=True))
-        self.next_kv[layer] = k_BGTP.detach(), v_BGTP.detach()
-        return k_BGTP, v_BGTP
+    def of(self, layer: int) -> LayerCarry:
+        """For the layer's forward pass over this chunk."""
+        self.layers[layer] = LayerCarry(self.pasts.get(layer))
+        return self.layers[layer]
 
     def following(self, doc_BT: Tensor) -> Carry:
         """The next chunk's, when a forward pass over this one (with these document ids) has ended."""
-        return Carry(self.behind(doc_BT), self.next_kv, self.next_mixers)
+        return Carry(self.behind(doc_BT), {layer: c.next for layer, c in self.layers.items()})

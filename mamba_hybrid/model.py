@@ -5,7 +5,7 @@ Shapes: B batch, L length, T new tokens, M real tokens of a ragged step, D model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache import HybridCache
-from .carry import Carry
+from .carry import Carry, LayerCarry
 from .config import HybridMambaConfig
 from .mixer import HybridMixer, MixerCore, ZeroLinear
 
 
 @dataclass
 class Batch:
-    """What the layers of one forward pass share.
+    """What the layers of one forward pass share, but for `carry`.
 
     Args:
         cos, sin: rotary tables (B, T, N).
@@ -40,7 +40,7 @@ class Batch:
         cache: None in training.
         valid_BT: real tokens of this pass (False is padding), with a cache only.
         rows: the slots that they continue, with a cache only.
-        carry: what the chunk before of these rows left, in training on chunks.
+        carry: of the layer: what the chunk before of these rows left, in training on chunks.
     """
 
     cos: Tensor
@@ -51,7 +51,7 @@ class Batch:
     cache: HybridCache | None = None
     valid_BT: Tensor | None = None
     rows: StepRows | None = None
-    carry: Carry | None = None
+    carry: LayerCarry | None = None
 
 
 class Attention(nn.Module):
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         if batch.cache is not None:
             k, v = batch.cache.append(self.layer, k, v)
         if batch.carry is not None:
-            k, v = batch.carry.attend(self.layer, k, v)
+            k, v = batch.carry.attend(k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=batch.mask, is_causal=batch.mask is None, enable_gqa=self.grouped
         )
@@ -116,10 +116,8 @@ class HybridLayer(nn.Module):
             return self.self_attn(u_BTD, batch)
         if batch.carry is not None:
             assert batch.doc_BL is not None
-            past = batch.carry.mixers.get(self.layer)
-            y, batch.carry.next_mixers[self.layer] = self.mixer.chunk(
-                u_BTD, batch.cos, batch.sin, batch.doc_BL, past
-            )  # fmt: skip
+            past = batch.carry.past
+            y, batch.carry.next = self.mixer.chunk(u_BTD, batch.cos, batch.sin, batch.doc_BL, past)
             return y
         if batch.cache is None:
             return self.mixer(u_BTD, batch.cos, batch.sin, batch.doc_BL, batch.first_D1)
@@ -233,9 +231,9 @@ class HybridMambaModel(HybridMambaPreTrainedModel):
         else:
             mask = self._mask(T, past, valid_BL, documents, h.device)
         cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
-        batch = Batch(cos, sin, mask, document_ids, first_D1, cache, valid_BT, rows, carry)
-        for layer in self.layers:
-            h = layer(h, batch)
+        batch = Batch(cos, sin, mask, document_ids, first_D1, cache, valid_BT, rows)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, batch if carry is None else replace(batch, carry=carry.of(i)))
         if cache is not None:
             assert batch.valid_BT is not None
             cache.advance(batch.valid_BT)

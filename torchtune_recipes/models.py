@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from mamba_hybrid_kernels import PackedDocuments
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -324,6 +325,9 @@ def shard(
     if compute_layers:
         # or the partitioner takes the two casts of a parameter for one (see `masters`), and keeps what it makes
         functorch_config.ban_recompute_materialized_backward = False
+        # graphs of all layers: two kinds, with gradients and without; of long rows the first chunk and those behind it,
+        # at the first such length and at any
+        dynamo_config.recompile_limit = 16
         for layer in layers:
             (layer.mixer if mixers_alone and layer.is_mixer else layer).compile()
     if masters:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 from mamba_hybrid.convert import Conversion, convert
 from torchtune_recipes.distill_hybrid import DistillHybrid, run
@@ -59,6 +61,21 @@ def test_a_whole_row_is_one_chunk(config):
     settings = {"dataset.max_seq_len": 96, "batch_size": 2}
     whole, _ = first_step(config(**settings))
     assert torch.equal(first_step(config(**settings, sequence_chunk=96))[0], whole)
+
+
+def test_chunks_of_all_layers_share_their_graphs(config, monkeypatch):
+    """And torch's limit of recompilations is not met, behind which it runs layers uncompiled."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    settings = {"dataset.max_seq_len": 90, "batch_size": 1, "sequence_chunk": 40}
+    plain, _ = first_step(config(**settings))
+    torch._dynamo.reset()
+    counters.clear()
+    sums, _ = first_step(config(**settings, compile=True))
+    # attention and mixers, with gradients and without, of the first chunk, the second and the third, which is shorter
+    assert 8 < counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]
+    torch.testing.assert_close(sums, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_it_learns_from_chunks(config, tmp_path):
