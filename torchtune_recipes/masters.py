@@ -21,17 +21,17 @@ from mamba_hybrid.mixer import MixerCore, StepLinear, ZeroLinear
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(weight, *([x] if ctx.needs_input_grad[1] else []))
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        weight, *x = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
         grad_x = upstream @ weight.to(upstream.dtype) if to_x else None
         grad_weight = grad_bias = None
         if to_weight:
-            grad_weight = (upstream.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = (upstream.flatten(0, -2).t() @ x[0].flatten(0, -2)).to(weight.dtype)
         if to_bias:
             grad_bias = upstream.flatten(0, -2).sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias

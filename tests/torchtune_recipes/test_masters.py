@@ -90,19 +90,27 @@ def test_layers_compile_whole(mesh, monkeypatch):
         torch.testing.assert_close(grad, others[name], rtol=0, atol=0.05 * float(others[name].abs().max()))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_cast_again_instead_of_keeping(mesh, monkeypatch, compiled):
-    """What the backward pass needs of a weight is the fp32 parameter itself, not a copy in the dtype."""
+def test_layers_cast_again_instead_of_keeping(mesh, monkeypatch, compiled, frozen):
+    """What the backward pass needs of a weight is the fp32 parameter itself, not a copy in the dtype; a layer's input
+    it needs where the weight is trained."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
     torch.manual_seed(0)
     model, kept = Student(HybridMambaForCausalLM(HybridMambaConfig(**CONFIG))), []
     shard(model, mesh, torch.bfloat16, masters=True, compute_layers=compiled)
+    model.requires_grad_(not frozen)
     torch._dynamo.reset()
-    tokens_BL = torch.arange(96).view(2, 48) % 64
+    hidden_BTD = torch.randn(2, 48, 64, dtype=torch.bfloat16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        model.model.model(tokens_BL)
+        out_BTD = model.model.model(inputs_embeds=hidden_BTD).last_hidden_state
     weights = [m.weight for m in model.model.model.layers.modules() if isinstance(m, nn.Linear)]
     assert {w.data_ptr() for w in weights} <= {t.data_ptr() for t in kept}
     sizes = {w.numel() for w in weights}  # no activation has as many numbers
     assert not [t.shape for t in kept if t.dtype == torch.bfloat16 and t.numel() in sizes]
+    widths = [t.numel() // 96 for t in kept if t.dtype == torch.bfloat16]
+    if not compiled:  # a graph may keep silu(gate) up instead of making it again
+        assert (widths.count(128) == 2 * 3) == frozen
+    out_BTD.float().sum().backward()
+    assert hidden_BTD.grad.isfinite().all() and all((w.grad is None) == frozen for w in weights)
