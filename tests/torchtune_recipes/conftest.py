@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch._dynamo.utils import counters
 
 from mamba_hybrid.convert import Conversion, convert
 from tests.tiny import save_text, save_transformer
@@ -39,6 +41,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compile_with(monkeypatch) -> Callable[[str], None]:
+    """Lets modules compile by another backend than inductor, whose code takes minutes to make, with no graphs yet."""
+    compile_module = nn.Module.compile
+
+    def choose(backend: str) -> None:
+        monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+        torch._dynamo.reset()
+        counters.clear()
+
+    return choose
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 from mamba_hybrid.convert import Conversion, convert
@@ -63,15 +62,12 @@ def test_a_whole_row_is_one_chunk(config):
     assert torch.equal(first_step(config(**settings, sequence_chunk=96))[0], whole)
 
 
-def test_chunks_of_all_layers_share_their_graphs(config, monkeypatch):
+def test_chunks_of_all_layers_share_their_graphs(config, monkeypatch, compile_with):
     """And torch's limit of recompilations is not met, behind which it runs layers uncompiled."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     settings = {"dataset.max_seq_len": 90, "batch_size": 1, "sequence_chunk": 40}
     plain, _ = first_step(config(**settings))
-    torch._dynamo.reset()
-    counters.clear()
+    compile_with("eager")
     sums, _ = first_step(config(**settings, compile=True))
     # attention and mixers, with gradients and without, of the first chunk, the second and the third, which is shorter
     assert 8 < counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]

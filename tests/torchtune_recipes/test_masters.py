@@ -69,10 +69,9 @@ def test_a_module_of_another_kind_is_named():
         compute_in(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), torch.bfloat16)
 
 
-def test_layers_compile_whole(mesh, monkeypatch):
+def test_layers_compile_whole(mesh, compile_with):
     """One graph for each kind of layer, with gradients and without; recomputation finds the same ones."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    compile_with("aot_eager")
     torch.manual_seed(0)
     config = HybridMambaConfig(**CONFIG | {"num_hidden_layers": 4, "layer_types": CONFIG["layer_types"] * 2})
     model, teacher = HybridMambaForCausalLM(config), Teacher(HybridMambaForCausalLM(config))
@@ -80,8 +79,6 @@ def test_layers_compile_whole(mesh, monkeypatch):
     shard(plain, mesh, torch.bfloat16, masters=True, checkpoint_activations=1)
     shard(compiled, mesh, torch.bfloat16, masters=True, compute_layers=True, checkpoint_activations=1)
     shard(teacher, mesh, torch.bfloat16, compute_layers=True)
-    torch._dynamo.reset()
-    counters.clear()
     loss, grads = gradients(compiled, teacher)
     assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
     expected, others = gradients(plain, teacher)
@@ -92,16 +89,14 @@ def test_layers_compile_whole(mesh, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_cast_again_instead_of_keeping(mesh, monkeypatch, compiled, frozen):
+def test_layers_cast_again_instead_of_keeping(mesh, compile_with, compiled, frozen):
     """What the backward pass needs of a weight is the fp32 parameter itself, not a copy in the dtype; a layer's input
     it needs where the weight is trained."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    compile_with("aot_eager")
     torch.manual_seed(0)
     model, kept = Student(HybridMambaForCausalLM(HybridMambaConfig(**CONFIG))), []
     shard(model, mesh, torch.bfloat16, masters=True, compute_layers=compiled)
     model.requires_grad_(not frozen)
-    torch._dynamo.reset()
     hidden_BTD = torch.randn(2, 48, 64, dtype=torch.bfloat16).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out_BTD = model.model.model(inputs_embeds=hidden_BTD).last_hidden_state
