@@ -50,14 +50,14 @@ def optimizer_bytes(node: DictConfig) -> tuple[float, float]:
     p = nn.Parameter(torch.zeros(512, 512))
     optimizer = component("optimizer", node, [{"params": [p], "lr": 1e-3}])
     p.grad = torch.ones_like(p)
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps
+    with torch.compiler.set_stance("force_eager"):  # some compile their steps
         optimizer.step()
     kept = sum(_nbytes(t) for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
     with torch.compiler.set_stance("force_eager"), Live() as live:
         optimizer.step()
     # PyTorch's, without `fused`, step a whole list of tensors at once, with what is made on the way for all of them;
-    # torchao's compile a step of one tensor
-    alone = node.get("fused") or str(node["_component_"]).startswith("torchao.")
+    # torchao's and ours compile their steps
+    alone = node.get("fused") or str(node["_component_"]).startswith(("torchao.", "torchtune_recipes."))
     return kept / p.numel(), 0.0 if alone else live.peak / p.numel()
 
 

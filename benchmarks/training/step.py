@@ -9,16 +9,17 @@ Systems, each in a process of its own on one GPU:
                    torchtune's ForwardKLLoss, AdamW in fp32; our kernels off: the SSD and the window in plain PyTorch,
                    attention with the documents as a mask
     plain+kernels  the same with our kernels
-    distill        `tune run distill_hybrid` with compiled layers
+    distill        `tune run distill_hybrid` with compiled layers and a compiled AdamW
     distill-fp8    the same, the layers' projections multiplied in fp8
     distill-eager  as distill, not compiled
     distill-kept   not compiled, keeping only layer inputs for the backward pass (activation checkpointing)
-    align          `tune run align_hybrid` with compiled layers
+    align          `tune run align_hybrid` with compiled layers and a compiled AdamW
 
-All train every parameter but `align`, on the same random packed rows, with the same optimiser. Tokens a second are the
-median of the steps after the first five. MFU counts what the formulas need (`mamba_hybrid/flops.py`), not what is
-computed twice. A speed is printed only if the KL of the first step is that of the first system. (ForwardKLLoss leaves
-the teacher's entropy out; the plain loop's KL is worked out beside it, before the clock runs.)
+All train every parameter but `align`, on the same random packed rows, with AdamW in fp32 (PyTorch's fused one where it
+is not compiled). Tokens a second are the median of the steps after the first five. MFU counts what the formulas need
+(`mamba_hybrid/flops.py`), not what is computed twice. A speed is printed only if the KL of the first step is that of
+the first system. (ForwardKLLoss leaves the teacher's entropy out; the plain loop's KL is worked out beside it, before
+the clock runs.)
 
 `--profile` prints, of the recipes, where the GPU's time of two more steps goes, by kernel, and how long it waited.
 """
@@ -52,6 +53,7 @@ def settings(folder: Path, args: argparse.Namespace, system: str) -> dict:
     """The recipe's configuration; the plain loop takes its numbers from it too."""
     from shapes import SHAPES
 
+    compiled = args.device == "cuda" and system in ("distill", "distill-fp8", "align")
     config = {
         "output_dir": str(folder / system),
         "student": str(folder / "student"),
@@ -60,13 +62,16 @@ def settings(folder: Path, args: argparse.Namespace, system: str) -> dict:
             "_component_": "shapes.random_rows", "max_seq_len": args.length, "rows": args.batch * args.steps,
             "vocabulary": SHAPES[args.shape]["vocab_size"],
         },
-        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True, "weight_decay": 0.0},
+        "optimizer": {"weight_decay": 0.0} | (
+            {"_component_": "torchtune_recipes.adamw.CompiledAdamW"} if compiled
+            else {"_component_": "torch.optim.AdamW", "fused": True}
+        ),
         "mixer_lr": 1e-4,
         "batch_size": args.batch,
         "max_steps": args.steps,
         "device": args.device,
         "dtype": "bf16" if args.device == "cuda" else "fp32",
-        "compile": args.device == "cuda" and system in ("distill", "distill-fp8", "align"),
+        "compile": compiled,
         "clip_grad_norm": 1.0,
         "log_every": SYNC,
         "metric_loggers": [

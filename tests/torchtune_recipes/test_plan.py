@@ -88,6 +88,7 @@ def test_parameters_are_those_of_the_model(tiny, frozen):
         ({"_component_": "torch.optim.AdamW"}, (8, 4)),
         ({"_component_": "torch.optim.SGD", "momentum": 0.9, "fused": True}, (4, 0)),
         ({"_component_": "torch.optim.SGD", "fused": True}, (0, 0)),
+        ({"_component_": "torchtune_recipes.adamw.CompiledAdamW"}, (8, 0)),
         ({"_component_": "torchao.optim.AdamW8bit"}, (2 + 2 * 4 / 256, 0)),
     ],
 )

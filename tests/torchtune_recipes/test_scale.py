@@ -1,5 +1,7 @@
 """The same losses however the models lie on the processes and their memory."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,33 @@ def test_projections_are_what_computes_in_fp8(models):
         assert converted == names
     assert kinds[f"model.layers.{mixer}.mixer.dt_proj"] == "StepLinear" and kinds["lm_head"] == "Linear"
     assert set(model.state_dict()) == before
+
+
+def test_a_compiled_step_of_the_optimizer_changes_no_losses(overrides, config, monkeypatch, tmp_path):
+    """Against the fused one: on one process, gone on with after a checkpoint, and on two."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # inductor takes 20 s a run
+    torch._dynamo.reset()
+    settings = dict(max_steps=4, checkpoint_every_n_steps=2, keep_last_n=0, clip_grad_norm=0.5)
+    component = "torchtune_recipes.adamw.CompiledAdamW"
+
+    def compiled(run: str):
+        cfg = config(output_dir=run, **settings)
+        cfg.optimizer = {"_component_": component, "betas": [0.9, 0.95], "weight_decay": 0.0}
+        return cfg
+
+    assert run(config(output_dir=str(tmp_path / "fused"), **settings)) == 0
+    assert run(compiled(str(tmp_path / "one"))) == 0
+    assert run(compiled(branch(tmp_path / "one", 2, tmp_path / "parts"))) == 0
+    words = overrides(batch_size=2, **settings) | {"optimizer._component_": component}
+    forked("distill_hybrid", 2, words, without=("optimizer.fused",))
+    fused, one, parts, two = (metrics(tmp_path / name) for name in ("fused", "one", "parts", "run"))
+    assert len(fused) == 4 and any(row["grad_norm"] > 0.5 for row in fused)
+    assert [row["loss"] for row in parts] == [row["loss"] for row in one]
+    for rows, near in ((one, 1e-5), (two, 1e-4)):
+        for row, other in zip(rows, fused, strict=True):
+            assert [row[key] for key in NUMBERS] == pytest.approx([other[key] for key in NUMBERS], rel=near, abs=near)
 
 
 @pytest.mark.parametrize(("chunk", "lengths"), [(None, {48}), (48, {48}), (16, {16, 24}), (20, {20, 8, 28, 16})])
