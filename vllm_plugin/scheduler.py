@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
+Begun = list[tuple[str, int, tuple[int, ...]]]  # sequence, position and blocks where it starts
+
 
 def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """The scheduler that vLLM would take, with our counts. vLLM calls this as `--scheduler-cls`.
@@ -84,7 +86,8 @@ class CountingScheduler(Scheduler):
         self.exact = speculative is None or not speculative.enable_adaptive_verification
         # a state that a connector brings along is one that no step here has made
         cached = config.cache_config.enable_prefix_caching and self.connector is None
-        self.uncounted: list[tuple[SchedulerOutput, dict[str, int], list[int]]] = []
+        self.uncounted: list[tuple[SchedulerOutput, Begun, dict[str, int], list[int]]] = []
+        self.begun: dict[int, Begun] = {}  # of the steps that the device has
         self.mirror = SlotMirror(slot_layout(config), spec.block_size if cached else None)
         self.state_metrics = StateMetrics(
             directory,
@@ -92,6 +95,13 @@ class CountingScheduler(Scheduler):
             config.parallel_config.data_parallel_index,
             state_bytes(self.kv_cache_config),
         )
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """As vLLM's. A worker in this process lengthens the lists of blocks that it is handed, so they are read now."""
+        scheduled = super().schedule(throttle_prefills)
+        if self.state_metrics is not None and self.exact:
+            self.begun[id(scheduled)] = self._begun(scheduled)
+        return scheduled
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -102,7 +112,8 @@ class CountingScheduler(Scheduler):
         if self.exact:
             # now, because vLLM cuts what is behind a stop
             sampled = list(map(len, model_runner_output.sampled_token_ids))
-            self.uncounted.append((scheduler_output, model_runner_output.req_id_to_index, sampled))
+            begun = self.begun.pop(id(scheduler_output))
+            self.uncounted.append((scheduler_output, begun, model_runner_output.req_id_to_index, sampled))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.state_metrics.run(len(self.running))
         if not self.running:
@@ -117,26 +128,36 @@ class CountingScheduler(Scheduler):
 
     def _count(self) -> None:
         assert self.state_metrics is not None
-        for scheduled, index, sampled in self.uncounted:
-            self._follow(scheduled)
+        for scheduled, begun, index, sampled in self.uncounted:
+            self._follow(scheduled, begun)
             rejected = rejected_drafts(scheduled.scheduled_spec_decode_tokens, index, sampled)
             self.state_metrics.add(self.mirror.step(scheduled.num_scheduled_tokens, rejected))
         self.uncounted.clear()
 
-    def _follow(self, scheduled: SchedulerOutput) -> None:
+    def _begun(self, scheduled: SchedulerOutput) -> Begun:
+        """Sequences that start in a step, or start again."""
+        group, cached = self.mixer_group, scheduled.scheduled_cached_reqs
+        begun = [(r.req_id, r.num_computed_tokens, tuple(r.block_ids[group])) for r in scheduled.scheduled_new_reqs]
+        if cached.resumed_req_ids:
+            for name, start, blocks in zip(
+                cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+            ):
+                if name in cached.resumed_req_ids:
+                    begun.append((name, start, tuple(blocks[group]) if blocks else ()))
+        return begun
+
+    def _follow(self, scheduled: SchedulerOutput, begun: Begun) -> None:
         """Sequences that came and went, and their blocks, as the workers are told of them."""
-        group, mirror, cached = self.mixer_group, self.mirror, scheduled.scheduled_cached_reqs
+        mirror, cached = self.mirror, scheduled.scheduled_cached_reqs
         for name in scheduled.finished_req_ids:
             mirror.end(name)
-        for new in scheduled.scheduled_new_reqs:
-            mirror.begin(new.req_id, new.num_computed_tokens, new.block_ids[group])
-        if not cached.resumed_req_ids and not mirror.block_size:
+        for name, start, blocks in begun:
+            mirror.begin(name, start, blocks)
+        if not mirror.block_size:
             return
-        for name, start, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
-            if name in cached.resumed_req_ids:
-                mirror.begin(name, start, blocks[group] if blocks else ())
-            elif blocks:
-                mirror.extend(name, blocks[group])
+        for name, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if more and name not in cached.resumed_req_ids:
+                mirror.extend(name, more[self.mixer_group])
 
 
 class CountingAsyncScheduler(CountingScheduler, AsyncScheduler):
