@@ -42,20 +42,31 @@ def environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tests hand functions to the worker
         "VLLM_NO_USAGE_STATS": "1",
+        # tiny tensors again: one thread, wherever there is room for it
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONPATH": os.pathsep.join(p for p in (str(HERE), os.environ.get("PYTHONPATH")) if p),
     }
-    return {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | ours
+    return dict(os.environ) | ours
 
 
 @pytest.fixture(scope="session")
-def start_engine(environment) -> Callable[..., subprocess.CompletedProcess[str]]:
+def in_process(environment) -> dict[str, str]:
+    """For processes that are an engine of one worker: vLLM starts no others, each of which imports all anew. Servers,
+    `generate` and engines of several workers are tested as users start them."""
+    return environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+@pytest.fixture(scope="session")
+def start_engine(environment, in_process) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs engine_run.py on a job."""
 
     def start(job: dict, folder: Path, **extra_environment: str) -> subprocess.CompletedProcess[str]:
         (folder / "job.json").write_text(json.dumps(job))
+        several = any(job["llm"].get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         return subprocess.run(
             [sys.executable, str(HERE / "engine_run.py"), str(folder / "job.json"), str(folder / "result.json")],
-            env=environment | extra_environment,
+            env=(environment if several else in_process) | extra_environment,
             capture_output=True,
             text=True,
             timeout=500,
