@@ -26,7 +26,7 @@ def sequence_log_probs(
     Args:
         hidden_MD: normed hidden states (M, D) that predict the tokens that count, sequence after sequence, any float
             dtype.
-        head_VD: the head (V, D), the same dtype.
+        head_VD: the head (V, D), the same dtype, or an fp32 master, which is cast to it.
         labels_M: (M,) int64, the token that follows each.
         sizes_S: (S,) int64, tokens of each sequence, at least 1; their sum is M.
         chunk_tokens: tokens whose logits exist at a time.
@@ -53,11 +53,17 @@ def sequence_log_probs(
     return torch.segment_reduce(log_probs_M, "sum", lengths=sizes_S, unsafe=True)
 
 
+def _inner(head_VD: Tensor, hidden_MD: Tensor, acc: torch.dtype) -> Tensor:
+    """The head as it is multiplied with: made once, not in every chunk."""
+    head_VD = head_VD.to(hidden_MD.dtype)
+    return head_VD if hidden_MD.is_cuda else head_VD.to(acc)
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, chunk: int) -> Tensor:
         acc = torch.promote_types(hidden_MD.dtype, torch.float32)
-        inner_VD = head_VD if hidden_MD.is_cuda else head_VD.to(acc)  # once, not in every chunk
+        inner_VD = _inner(head_VD, hidden_MD, acc)
         log_probs_M, norm_M = hidden_MD.new_empty(2, len(labels_M), dtype=acc).unbind()
         for at in range(0, len(labels_M), chunk):
             span = slice(at, at + chunk)
@@ -66,13 +72,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_probs_M[span] = logits_KV.gather(-1, labels_M[span, None])[:, 0] - norm_M[span]
             del logits_KV  # or two chunks' logits would stand side by side
         ctx.save_for_backward(hidden_MD, head_VD, labels_M, norm_M)
-        ctx.chunk, ctx.acc, ctx.inner = chunk, acc, inner_VD.dtype
+        ctx.chunk, ctx.acc = chunk, acc
         return log_probs_M
 
     @staticmethod
     def backward(ctx: Any, upstream_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, head_VD, labels_M, norm_M = ctx.saved_tensors
-        acc, inner_VD = ctx.acc, head_VD.to(ctx.inner)
+        acc, inner_VD = ctx.acc, _inner(head_VD, hidden_MD, ctx.acc)
         grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(head_VD, dtype=acc) if ctx.needs_input_grad[1] else None
         for at in range(0, len(labels_M), ctx.chunk):

@@ -71,7 +71,8 @@ def distillation_loss(
 
     Args:
         student_MD: the student's normed hidden states (M, D), any float dtype.
-        student_head_VD: its head (V, D), the same dtype.
+        student_head_VD: its head (V, D), the same dtype, or an fp32 master, which is cast to it; the gradient is of the
+            head's own dtype.
         teacher_ME, teacher_head_VE: the teacher's, without gradient; its width E may differ.
         labels_M: (M,) int64, the token that follows, -100 where neither term counts.
         kl_weight, ce_weight: of the two terms.
@@ -193,6 +194,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         a, b, tau, chunk, hidden_grad = setting
         acc = torch.promote_types(student_MD.dtype, torch.float32)
         head_dtype = student_head_VD.dtype
+        student_head_VD = student_head_VD.to(student_MD.dtype)
         if not student_MD.is_cuda:  # once, not in every chunk
             student_head_VD, teacher_head_VE = student_head_VD.to(acc), teacher_head_VE.to(acc)
         inner = student_head_VD.dtype

@@ -204,7 +204,7 @@ class Shapes:
         return _measure(lambda: norm(h_BLD), grad=True)
 
     def _head(self, *, grad: bool) -> Tensor:
-        """The head (V, D); to be cast where it is used."""
+        """The head (V, D); the losses cast it."""
         shape = self.config.vocab_size, self.config.hidden_size
         trained = grad and self.trains("lm_head.weight")
         return torch.empty(shape, dtype=self.stored, device=META, requires_grad=trained)
@@ -221,7 +221,7 @@ class Shapes:
         labels_M = torch.empty(M, dtype=torch.int64, device=META)
 
         def loss() -> Tensor:
-            return distillation_loss(h_MD, head_VD.to(self.dtype), t_ME, t_head_VE, labels_M, **setting).loss
+            return distillation_loss(h_MD, head_VD, t_ME, t_head_VE, labels_M, **setting).loss
 
         return _measure(loss, grad=grad)
 
@@ -233,7 +233,7 @@ class Shapes:
 
         def total() -> Tensor:
             h_MD = h_BLD.flatten(0, 1).index_select(0, at_M)
-            return sequence_log_probs(h_MD, head_VD.to(self.dtype), labels_M, sizes_1, chunk_tokens=chunk)
+            return sequence_log_probs(h_MD, head_VD, labels_M, sizes_1, chunk_tokens=chunk)
 
         return _measure(total, grad=grad)
 

@@ -53,7 +53,7 @@ class Scorer(Wrapped):
         tokens' logits exist at a time."""
         h_BLD = self.model.model(tokens_BL, document_ids=documents).last_hidden_state
         h_MD = h_BLD.flatten(0, 1).index_select(0, positions_M)
-        return sequence_log_probs(h_MD, self.head(h_MD), labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
+        return sequence_log_probs(h_MD, self.head, labels_M, sizes_P2.flatten(), chunk_tokens=chunk)
 
 
 class DpoHybrid(HybridRecipe):

@@ -2,7 +2,7 @@
 
 FSDP's mixed precision gives its units the parameters in the dtype, copied; these cast theirs where they are multiplied
 with, and once more in the backward pass, so that no copy is kept between, and cast the gradients. The numbers are
-FSDP's, but for the embeddings' gradient, which is summed in fp32.
+FSDP's, but for the gradients of embeddings and head, which are fp32 throughout.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ AS_THEY_ARE = (MixerCore, Float8Linear)
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a model of fp32 parameters compute in a dtype; a head that is multiplied with by hand is cast there.
+    """Let a model of fp32 parameters compute in a dtype; the losses, which multiply with the head, cast it themselves.
 
     Args:
         module: whose submodules are changed.
@@ -89,3 +89,5 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
         m.__class__ = MASTERS[kind]
         if isinstance(m, MasterEmbedding):
             m.computes = dtype
+            # where the head is the same parameter its gradient has all rows: these need no zeros for all the others
+            m.sparse = any(p is m.weight for n in module.modules() if n is not m for p in n.parameters(recurse=False))

@@ -52,9 +52,10 @@ class Wrapped(nn.Module):
 
     model: HybridMambaForCausalLM
 
-    def head(self, h: Tensor) -> Tensor:
-        """The head (V, D), in the dtype of what it is to be multiplied with."""
-        return self.model.lm_head.weight.to(h.dtype)
+    @property
+    def head(self) -> Tensor:
+        """The head (V, D)."""
+        return self.model.lm_head.weight
 
 
 def plain_name(name: str) -> str:
@@ -73,7 +74,7 @@ class Teacher(Wrapped):
         self, tokens_BL: Tensor, documents: Tensor | PackedDocuments, carry: Carry | None = None
     ) -> tuple[Tensor, Tensor]:
         h_BLD = self.model.model(tokens_BL, document_ids=documents, carry=carry).last_hidden_state
-        return h_BLD.flatten(0, 1), self.model.lm_head.weight
+        return h_BLD.flatten(0, 1), self.head
 
 
 class Student(Wrapped):
@@ -93,14 +94,14 @@ class Student(Wrapped):
         **loss: Any,
     ) -> Distillation:
         h_BLD = self.model.model(tokens_BL, document_ids=documents, carry=carry).last_hidden_state
-        return distillation_loss(h_BLD.flatten(0, 1), self.head(h_BLD), *teacher, labels_BL.flatten(), **loss)
+        return distillation_loss(h_BLD.flatten(0, 1), self.head, *teacher, labels_BL.flatten(), **loss)
 
     @torch.no_grad()
     def next_tokens(self, tokens_BL: Tensor, last_B: Tensor) -> Tensor:
         """The likeliest token (B,) behind position last_B of each row; what stands after it is not looked at."""
         h_BLD = self.model.model(tokens_BL).last_hidden_state
         h_BD = h_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return (h_BD @ self.head(h_BD).t()).argmax(-1)
+        return self.model.lm_head(h_BD).argmax(-1)
 
     def release(self) -> None:
         """Give back what FSDP gathered for `next_tokens`, which no backward pass follows."""

@@ -267,8 +267,9 @@ class Stage:
             reduced, waiting = reduced + trained, 4 * trained * self.fsdp
         if root := model.root(trained=True):
             tied = config.tie_word_embeddings
-            # without FSDP the embeddings' is added to the head's, if they are one, and else is what is kept
-            made = root * self.dtype.itemsize * (1 + tied) if self.fsdp else 4 * table * tied
+            # without FSDP the embeddings' is what is kept or, if they are one with the head, rows and their sum with it
+            rows = mine.hidden().numel()
+            made = root * self.dtype.itemsize * (1 + tied) if self.fsdp else 4 * (table + rows) * tied
             yield Moment(
                 "gradients of embeddings and head",
                 common | self.gradients(reduced + root) | {

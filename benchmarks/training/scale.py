@@ -15,7 +15,7 @@ random weights of these shapes (the teacher has the student's shape) and random 
     8b      the same for a step at the shapes of an 8B with an 8B as teacher, on N processes only, beside what
             `mamba-hybrid plan` says. Where all of it does not fit, the MLPs are frozen; the row says so
 
-Speeds are medians of the steps after the first five; there are none unless the losses in bf16 agree. key=value sets
+Speeds are medians of the steps after the first ten; there are none unless the losses in bf16 agree. key=value sets
 keys of the timed runs (compile=True batch_size=4). A row is in the CSV as soon as it is there, and WORK keeps weights
 and finished runs: the same command again goes on. A trial on a CPU, some five minutes: `scale.py WORK --tiny`.
 """

@@ -1,7 +1,7 @@
 """Training steps at the shapes of a 1B: the recipes against the loop that one writes first.
 
     python benchmarks/training/step.py [--systems plain,distill,align] [--shape 1b] [--batch 4] [--length 2048]
-                                       [--steps 20] [--out step.csv]
+                                       [--steps 40] [--out step.csv]
 
 Systems, each in a process of its own on one GPU:
 
@@ -16,7 +16,7 @@ Systems, each in a process of its own on one GPU:
     align          `tune run align_hybrid` with compiled layers and a compiled AdamW
 
 All train every parameter but `align`, on the same random packed rows, with AdamW in fp32 (PyTorch's fused one where it
-is not compiled). Tokens a second are the median of the steps after the first five. MFU counts what the formulas need
+is not compiled). Tokens a second are the median of the steps after the first ten. MFU counts what the formulas need
 (`mamba_hybrid/flops.py`), not what is computed twice. A speed is printed only if the KL of the first step is that of
 the first system. (ForwardKLLoss leaves the teacher's entropy out; the plain loop's KL is worked out beside it, before
 the clock runs.)
@@ -43,9 +43,9 @@ from omegaconf import OmegaConf
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-WARM = 5
+WARM = 10
 ACTIVE, SHOWN = 2, 60  # steps and kernels of a profile
-AGREE, SYNC = 0.05, 5  # relative, of the first KL, in bf16; steps between two looks at the metrics
+AGREE, SYNC = 0.05, 10  # relative, of the first KL, in bf16; steps between two looks at the metrics
 COLUMNS = ("system", "tokens_per_s", "mfu", "peak_memory_gib", "first_loss", "gpu")
 
 
@@ -224,7 +224,7 @@ def main() -> int:
     p.add_argument("--shape", choices=("1b", "tiny"), default="1b")
     p.add_argument("--batch", type=int, default=4, help="rows of a step (4)")
     p.add_argument("--length", type=int, default=2048, help="tokens of a row (2048)")
-    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--steps", type=int, default=40)
     p.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at a time (2048)")
     p.add_argument("--profile", action="store_true", help="print the kernels of the recipes' last steps")
     p.add_argument("--out", metavar="FILE.csv")

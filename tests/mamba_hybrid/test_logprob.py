@@ -98,6 +98,19 @@ def test_gpu_agrees_with_cpu(dtype):
         torch.testing.assert_close(b.cpu(), a, rtol=2e-2, atol=2e-2)
 
 
+def test_an_fp32_head_is_cast_and_its_gradient_is_not():
+    torch.manual_seed(0)
+    hidden, master = torch.randn(9, 12).bfloat16().requires_grad_(), torch.randn(29, 12).requires_grad_()
+    cast = master.detach().bfloat16().requires_grad_()
+    labels, sizes = torch.arange(9), torch.tensor([4, 5])
+    out, expected = (sequence_log_probs(hidden, w, labels, sizes, chunk_tokens=4) for w in (master, cast))
+    assert torch.equal(out, expected)
+    grads, others = (torch.autograd.grad(o.sum(), (hidden, w)) for o, w in ((out, master), (expected, cast)))
+    assert torch.equal(grads[0], others[0])
+    assert grads[1].dtype == torch.float32 and torch.equal(grads[1].bfloat16(), others[1])
+    assert not torch.equal(grads[1], others[1].float())
+
+
 def test_bad_arguments():
     hidden, head, labels, sizes = sample()
     for bad in ((hidden[:-1], head), (hidden[:, :-1], head), (hidden[0], head)):

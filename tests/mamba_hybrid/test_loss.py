@@ -150,6 +150,19 @@ def test_gpu_agrees_with_cpu(dtype):
         torch.testing.assert_close(a.cpu(), b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["forward", "js"])
+def test_an_fp32_head_is_cast_and_its_gradient_is_not(kind):
+    student, head, *rest = (t.bfloat16() if t.is_floating_point() else t for t in sample(dtype=torch.float32))
+    student, master = student.detach().requires_grad_(), torch.randn(head.shape).requires_grad_()
+    cast = master.detach().bfloat16().requires_grad_()
+    out, expected = (distillation_loss(student, w, *rest, divergence=kind, chunk_tokens=7) for w in (master, cast))
+    assert torch.equal(out.loss, expected.loss)
+    grads, others = (torch.autograd.grad(o.loss * 0.37, (student, w)) for o, w in ((out, master), (expected, cast)))
+    assert torch.equal(grads[0], others[0])
+    assert grads[1].dtype == torch.float32 and torch.equal(grads[1].bfloat16(), others[1])
+    assert not torch.equal(grads[1], others[1].float())
+
+
 def test_bad_arguments():
     student, head, teacher, teacher_head, labels = sample()
     with pytest.raises(ValueError, match="36 student"):

@@ -50,15 +50,13 @@ def environment() -> dict[str, str]:
     return dict(os.environ) | ours
 
 
-@pytest.fixture(scope="session")
-def in_process(environment) -> dict[str, str]:
-    """For processes that are an engine of one worker: vLLM starts no others, each of which imports all anew. Servers,
-    `generate` and engines of several workers are tested as users start them."""
-    return environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# For processes that are an engine of one worker on a CPU: vLLM starts no others, each of which imports all anew.
+# Servers, `generate`, engines of several workers and those on GPUs are tested as users start them.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="session")
-def start_engine(environment, in_process) -> Callable[..., subprocess.CompletedProcess[str]]:
+def start_engine(environment) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs engine_run.py on a job."""
 
     def start(job: dict, folder: Path, **extra_environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +64,7 @@ def start_engine(environment, in_process) -> Callable[..., subprocess.CompletedP
         several = any(job["llm"].get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         return subprocess.run(
             [sys.executable, str(HERE / "engine_run.py"), str(folder / "job.json"), str(folder / "result.json")],
-            env=(environment if several else in_process) | extra_environment,
+            env=environment | ({} if several or torch.cuda.is_available() else IN_PROCESS) | extra_environment,
             capture_output=True,
             text=True,
             timeout=500,

@@ -14,7 +14,7 @@ from torch import nn
 from mamba_hybrid import HybridMambaForCausalLM
 from mamba_hybrid.checkpoint import load_model
 
-from .conftest import HERE
+from .conftest import HERE, IN_PROCESS
 from .tiny_hybrid import prompts, write_hybrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -33,7 +33,7 @@ def online(config) -> dict:
 
 
 @pytest.fixture
-def serve(in_process, tmp_path):
+def serve(environment, tmp_path):
     """What an engine holds of a checkpoint and makes of prompts; see weights_run.py."""
 
     def run(model: Path, asked: list[list[int]], **llm) -> dict:
@@ -44,7 +44,7 @@ def serve(in_process, tmp_path):
         (tmp_path / "job.json").write_text(json.dumps({"llm": base | llm, "prompts": asked}))
         done = subprocess.run(
             [sys.executable, str(HERE / "weights_run.py"), str(tmp_path / "job.json"), str(tmp_path / "result.pt")],
-            env=in_process, capture_output=True, text=True, timeout=500,
+            env=environment | IN_PROCESS, capture_output=True, text=True, timeout=500,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         assert "Attempted to load weight" not in done.stdout + done.stderr  # vLLM's warning, for each tensor
