@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -161,7 +162,9 @@ class DistillHybrid(HybridRecipe):
         watch: Any = self.streams.watch(batch.labels) if self.streams is not None and looked else nullcontext([])
         with watch as errors:
             with torch.no_grad():
-                target = self.teacher(batch.tokens, batch.documents, theirs)
+                teach = functools.partial(self.teacher, batch.tokens, batch.documents, theirs)
+                # what is watched or carried on is more than what is returned: all on one stream
+                target = teach() if looked or theirs is not None else self.beside(teach)
             losses = self.student(*batch, target, mine, **self.loss)
         (losses.loss / counted).backward()
         sums = [v.detach().float() for v in losses[:4]]

@@ -39,6 +39,7 @@ from mamba_hybrid.flops import peak_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import Source
 
+from .beside import Beside
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .loading import fill
@@ -254,6 +255,7 @@ class HybridRecipe(FTRecipeInterface):
                     p.requires_grad_(False)
         self.build(student, teacher, mesh)
         self.fill(student_weights, teacher_weights)
+        self.beside = Beside(self.device, on=self.world == 1 and not self.offload)  # FSDP has streams of its own
         self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
         self.load_checkpoint()
         self.scheduler = self._scheduler()
@@ -369,7 +371,8 @@ class HybridRecipe(FTRecipeInterface):
         counted = max(self._counted(self.step), 1)
         sums = torch.zeros(len(self.measured), device=self.device)
         for rows in self.order.micro_batches(self.step):
-            sums += self.learn(self.data.batch(rows).to(self.device), counted)
+            batch = self.beside(functools.partial(self.data.batch(rows).to, self.device))
+            sums += self.learn(batch, counted)
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None):
             p.grad = torch.zeros_like(p)  # rows no longer than the window reach no state; checkpoints hold all moments
         norms = gradient_norms(self.student)
