@@ -89,5 +89,7 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
         m.__class__ = MASTERS[kind]
         if isinstance(m, MasterEmbedding):
             m.computes = dtype
-            # where the head is the same parameter its gradient has all rows: these need no zeros for all the others
-            m.sparse = any(p is m.weight for n in module.modules() if n is not m for p in n.parameters(recurse=False))
+            # where the head is the same parameter its gradient has all rows: these need no zeros for all the others,
+            # but are added in any order
+            tied = any(p is m.weight for n in module.modules() if n is not m for p in n.parameters(recurse=False))
+            m.sparse = tied and not torch.are_deterministic_algorithms_enabled()

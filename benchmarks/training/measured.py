@@ -1,7 +1,8 @@
 """`distill_hybrid` to be measured: `tune run [--nproc_per_node N] measured --config FILE`.
 
 The same recipe, but each process leaves rank_R.json with what its GPU held, and neither checkpoint nor result is
-written after the last step: of an 8B these are 115 GB.
+written after the last step: of an 8B these are 115 GB. In fp32, where losses are compared, PyTorch's deterministic
+algorithms are used.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Measured(DistillHybrid):
 @command
 def main(cfg: DictConfig) -> int:
     """See the module."""
+    torch.use_deterministic_algorithms(cfg.get("dtype") == "fp32", warn_only=True)
     return run(Measured, cfg)
 
 
