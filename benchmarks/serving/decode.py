@@ -5,10 +5,11 @@ speculation, one engine after another.
                                         [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
                                         [--warm]
 
-A system is a kind of model (llama, stock, heads, groups: see shapes.py), with "-K" after it a two-layer draft model of
-the same kind that drafts K tokens. A dummy model agrees with no one, so each draft is accepted with probability
---acceptance by vLLM's synthetic rejection, whatever the tokens; target and drafter compute all they would. (Adaptive
-verification judges drafts by the draft model's logits, so that dummy ones cannot show what it brings.)
+A system is a kind of model (llama, stock, heads, groups: see shapes.py; replay is stock with vLLM's ReplaySSM by
+FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens. A dummy model agrees with
+no one, so each draft is accepted with probability --acceptance by vLLM's synthetic rejection, whatever the tokens;
+target and drafter compute all they would. (Adaptive verification judges drafts by the draft model's logits, so that
+dummy ones cannot show what it brings.)
 
 The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. Where
 not all sequences fit into the memory, "running" says how many did. --warm only starts the engines, several at once, so
@@ -33,8 +34,8 @@ from pathlib import Path
 from engines import environment, load, parallel, plugin, printed_rows, save
 from shapes import write
 
-KINDS = ("llama", "stock", "heads", "groups")
-SYSTEMS = (*KINDS, "stock-4", "heads-4", "groups-4", "heads-8", "groups-8")
+KINDS = ("llama", "stock", "replay", "heads", "groups")
+SYSTEMS = (*KINDS, "stock-4", "replay-4", "heads-4", "groups-4", "heads-8", "groups-8")
 COLUMNS = ("system", "gpus", "batch", "running", "context", "tokens_per_second", "status", "blocks", "gpu")
 SETTLE = 8  # steps after the last prompt before the clock starts
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
@@ -42,7 +43,8 @@ FULL = 40  # steps in which no sequence starts, after which the rest is taken no
 
 def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int = 1) -> dict:
     """vLLM's arguments for a system on so many GPUs."""
-    kind, _, drafts = system.partition("-")
+    name, _, drafts = system.partition("-")
+    kind = "stock" if name == "replay" else name
     room = args.context + args.room
     engine = {
         "model": str(write(folder, kind, "target", args.tiny)), "load_format": "dummy", "skip_tokenizer_init": True,
@@ -50,6 +52,8 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
         "max_num_batched_tokens": 256 if args.tiny else 8192, "gpu_memory_utilization": args.memory,
         "mamba_ssm_cache_dtype": "float32", "disable_log_stats": True, "enforce_eager": args.tiny,
     } | parallel(gpus)  # fmt: skip
+    if name == "replay":
+        engine |= {"use_replayssm": True, "mamba_backend": "flashinfer"}
     if drafts:
         K = int(drafts)
         # vLLM's Mamba-2 mixer cannot draft: its two-layer drafter is a Llama

@@ -52,26 +52,35 @@ def make_layer(vllm_config: VllmConfig, prefix: str = "") -> nn.Module:
 
 
 class StockHybrid(LlamaForCausalLM, HasInnerState, IsHybrid):
-    """The hybrid with MambaMixer2."""
+    """The hybrid with MambaMixer2, whose slots have a ring besides with vLLM's ReplaySSM (`use_replayssm`)."""
+
+    supports_replayssm = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=make_layer)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig):
-        cache = vllm_config.cache_config
-        return MambaStateDtypeCalculator.mamba2_state_dtype(
-            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+        cache, dtype = vllm_config.cache_config, vllm_config.model_config.dtype
+        dtypes = MambaStateDtypeCalculator.mamba2_state_dtype(
+            dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
         )
+        return MambaStateDtypeCalculator.append_replayssm_ring(dtypes, dtype) if cache.use_replayssm else dtypes
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig):
         config = vllm_config.model_config.hf_config
-        H, P = config.num_attention_heads, config.head_dim
-        return MambaStateShapeCalculator.mamba2_state_shape(
-            vllm_config.parallel_config.tensor_parallel_size, intermediate_size=H * P, n_groups=H, num_heads=H,
-            head_dim=P, state_size=P, conv_kernel=4, num_spec=vllm_config.num_speculative_tokens,
+        H, P, cache = config.num_attention_heads, config.head_dim, vllm_config.cache_config
+        gpus, drafts = vllm_config.parallel_config.tensor_parallel_size, vllm_config.num_speculative_tokens
+        shapes = MambaStateShapeCalculator.mamba2_state_shape(
+            gpus, intermediate_size=H * P, n_groups=H, num_heads=H, head_dim=P, state_size=P, conv_kernel=4,
+            num_spec=drafts,
         )  # fmt: skip
+        if not cache.use_replayssm:
+            return shapes
+        return MambaStateShapeCalculator.append_replayssm_ring(
+            shapes, H, gpus, cache.replayssm_buffer_len, vllm_config.mamba_config.backend, drafts
+        )
 
     @classmethod
     def get_mamba_state_copy_func(cls):
