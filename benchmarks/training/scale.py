@@ -9,7 +9,7 @@ random weights of these shapes (the teacher has the student's shape) and random 
     equal   20 steps on 1 and on N processes with the same micro-batches, so that only the sums over processes differ:
             the largest relative difference of a step's loss, at most 1e-4 in fp32 (rows of 512 tokens, to be quick) and
             2e-2 in bf16. In fp32 without TF32, in deterministic order and without clipping, whose factor is another
-            in its last bit: mixers of random weights make of a last bit a gradient's first (BENCHMARKS.md)
+            in its last bit: with random weights a last bit can make a gradient another one (BENCHMARKS.md)
     resume  a checkpoint of the N processes after half of the fp32 steps, resumed on 1: the same, against the N
     speed   tokens a second on 1 and on N processes with the configuration's micro-batch each (weak scaling), their
             ratio, and what each GPU held
