@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loss import product
+from .loss import factor, product
 
 
 def sequence_log_probs(
@@ -53,17 +53,11 @@ def sequence_log_probs(
     return torch.segment_reduce(log_probs_M, "sum", lengths=sizes_S, unsafe=True)
 
 
-def _inner(head_VD: Tensor, hidden_MD: Tensor, acc: torch.dtype) -> Tensor:
-    """The head as it is multiplied with: made once, not in every chunk."""
-    head_VD = head_VD.to(hidden_MD.dtype)
-    return head_VD if hidden_MD.is_cuda else head_VD.to(acc)
-
-
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, chunk: int) -> Tensor:
         acc = torch.promote_types(hidden_MD.dtype, torch.float32)
-        inner_VD = _inner(head_VD, hidden_MD, acc)
+        inner_VD = factor(head_VD, hidden_MD, acc)
         log_probs_M, norm_M = hidden_MD.new_empty(2, len(labels_M), dtype=acc).unbind()
         for at in range(0, len(labels_M), chunk):
             span = slice(at, at + chunk)
@@ -78,7 +72,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, head_VD, labels_M, norm_M = ctx.saved_tensors
-        acc, inner_VD = ctx.acc, _inner(head_VD, hidden_MD, ctx.acc)
+        acc, inner_VD = ctx.acc, factor(head_VD, hidden_MD, ctx.acc)
         grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
         grad_VD = torch.zeros_like(head_VD, dtype=acc) if ctx.needs_input_grad[1] else None
         for at in range(0, len(labels_M), ctx.chunk):

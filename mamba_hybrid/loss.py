@@ -163,6 +163,12 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
 }  # fmt: skip
 
 
+def factor(head_VD: Tensor, hidden_MD: Tensor, acc: torch.dtype) -> Tensor:
+    """The head as hidden states are multiplied with it: made once, not in every chunk; see `product`."""
+    head_VD = head_VD.to(hidden_MD.dtype)
+    return head_VD if hidden_MD.is_cuda else head_VD.to(acc)
+
+
 def product(a: Tensor, b: Tensor, acc: torch.dtype, add: Tensor | None = None) -> Tensor:
     """a @ b + add, accumulated and returned in `acc`, in place of `add`; a and b are in `acc`, or on a GPU."""
     if a.dtype != acc:  # half-precision inputs, fp32 out of the tensor cores
@@ -194,9 +200,9 @@ class _ChunkedDistillation(torch.autograd.Function):
         a, b, tau, chunk, hidden_grad = setting
         acc = torch.promote_types(student_MD.dtype, torch.float32)
         head_dtype = student_head_VD.dtype
-        student_head_VD = student_head_VD.to(student_MD.dtype)
-        if not student_MD.is_cuda:  # once, not in every chunk
-            student_head_VD, teacher_head_VE = student_head_VD.to(acc), teacher_head_VE.to(acc)
+        student_head_VD = factor(student_head_VD, student_MD, acc)
+        if not student_MD.is_cuda:
+            teacher_head_VE = teacher_head_VE.to(acc)
         inner = student_head_VD.dtype
         teacher_inner = teacher_head_VE.dtype
         kl, ce, value = student_MD.new_zeros(3, dtype=acc).unbind()

@@ -164,7 +164,7 @@ class DistillHybrid(HybridRecipe):
             with torch.no_grad():
                 teach = functools.partial(self.teacher, batch.tokens, batch.documents, theirs)
                 # what is watched or carried on is more than what is returned: all on one stream
-                target = teach() if looked or theirs is not None else self.beside(teach)
+                target = teach() if looked or theirs is not None else self.side(teach)
             losses = self.student(*batch, target, mine, **self.loss)
         (losses.loss / counted).backward()
         sums = [v.detach().float() for v in losses[:4]]

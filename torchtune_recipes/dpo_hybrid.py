@@ -141,7 +141,7 @@ class DpoHybrid(HybridRecipe):
         scores: list[Tensor] = []
         if self.teacher_path is not None:  # before the student's, whose activations would be held meanwhile
             with torch.no_grad():
-                theirs_P2 = self.beside(lambda: self.log_probs(self.teacher, batch))
+                theirs_P2 = self.side(lambda: self.log_probs(self.teacher, batch))
                 scores.extend((theirs_P2 / scale_P2).unbind(1))
         logp_P2 = self.log_probs(self.student, batch)
         losses_P, chosen_P, rejected_P = self.preference_loss(*(logp_P2 / scale_P2).unbind(1), *scores)

@@ -189,11 +189,11 @@ class Gated(Wrapped):
         """Distance from the teacher, and the gates' values (I,)."""
         h_BLD, values_I = self._hidden(tokens_BL, documents, gates)
         labels = labels_BL.flatten()
-        return distillation_loss(h_BLD.flatten(0, 1), self.model.lm_head.weight, *teacher, labels, **loss), values_I
+        return distillation_loss(h_BLD.flatten(0, 1), self.head, *teacher, labels, **loss), values_I
 
     def _recall(
         self, gates: float | Sequence[bool], tokens_BL: Tensor, at_BA: Tensor, answer_BA: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `recall_loss`."""
         h_BLD, _ = self._hidden(tokens_BL, None, gates)
-        return recall_loss(h_BLD, self.model.lm_head.weight, at_BA, answer_BA)
+        return recall_loss(h_BLD, self.head, at_BA, answer_BA)

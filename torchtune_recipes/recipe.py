@@ -39,12 +39,12 @@ from mamba_hybrid.flops import peak_flops
 from mamba_hybrid.model import HybridMambaForCausalLM
 from mamba_hybrid.source import Source
 
-from .beside import Beside
 from .checkpoints import Checkpoints
 from .data import load_tokenizer
 from .loading import fill
 from .models import PARTS, Wrapped, gradient_norms, plain_name
 from .packing import PackedRows
+from .side_stream import SideStream
 from .stream import StreamedRows, StreamError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -255,7 +255,7 @@ class HybridRecipe(FTRecipeInterface):
                     p.requires_grad_(False)
         self.build(student, teacher, mesh)
         self.fill(student_weights, teacher_weights)
-        self.beside = Beside(self.device, on=self.world == 1 and not self.offload)  # FSDP has streams of its own
+        self.side = SideStream(self.device, on=self.world == 1 and not self.offload)  # FSDP has streams of its own
         self.optimizer = component("optimizer", cfg.optimizer, self._parameter_groups())
         self.load_checkpoint()
         self.scheduler = self._scheduler()
@@ -371,7 +371,7 @@ class HybridRecipe(FTRecipeInterface):
         counted = max(self._counted(self.step), 1)
         sums = torch.zeros(len(self.measured), device=self.device)
         for rows in self.order.micro_batches(self.step):
-            batch = self.beside(functools.partial(self.data.batch(rows).to, self.device))
+            batch = self.side(functools.partial(self.data.batch(rows).to, self.device))
             sums += self.learn(batch, counted)
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None):
             p.grad = torch.zeros_like(p)  # rows no longer than the window reach no state; checkpoints hold all moments

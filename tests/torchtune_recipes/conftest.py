@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch._dynamo.utils import counters
 
 from mamba_hybrid.convert import Conversion, convert
@@ -45,11 +45,12 @@ def one_thread():
 
 @pytest.fixture
 def compile_with(monkeypatch) -> Callable[[str], None]:
-    """Lets modules compile by another backend than inductor, whose code takes minutes to make, with no graphs yet."""
-    compile_module = nn.Module.compile
+    """Lets torch.compile, and what calls it, use another backend than inductor, whose code takes minutes to make, with
+    no graphs yet."""
+    inductor = torch.compile
 
     def choose(backend: str) -> None:
-        monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+        monkeypatch.setattr(torch, "compile", functools.partial(inductor, backend=backend))
         torch._dynamo.reset()
         counters.clear()
 

@@ -1,7 +1,5 @@
 """The same losses however the models lie on the processes and their memory."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -79,11 +77,9 @@ def test_projections_are_what_computes_in_fp8(models):
     assert set(model.state_dict()) == before
 
 
-def test_a_compiled_step_of_the_optimizer_changes_no_losses(overrides, config, monkeypatch, tmp_path):
+def test_a_compiled_step_of_the_optimizer_changes_no_losses(overrides, config, compile_with, tmp_path):
     """Against the fused one: on one process, gone on with after a checkpoint, and on two."""
-    # inductor takes 20 s a run
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
+    compile_with("eager")
     settings = dict(max_steps=4, checkpoint_every_n_steps=2, keep_last_n=0, clip_grad_norm=0.5)
     component = "torchtune_recipes.adamw.CompiledAdamW"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from torchtune_recipes import recipe as recipe_module
-from torchtune_recipes.beside import Beside
 from torchtune_recipes.distill_hybrid import DistillHybrid
+from torchtune_recipes.side_stream import SideStream
 
 from ..torchtune_recipes.conftest import config, models, one_thread, overrides  # noqa: F401  (fixtures)
 
@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_what_is_made_is_read_whole():
     """The stream that reads is kept busy, so that it is always behind the one that makes."""
     device = torch.device("cuda")
-    beside, busy, read = Beside(device), torch.randn(4096, 4096, device=device), []
-    assert beside.stream is not None
+    side, busy, read = SideStream(device), torch.randn(4096, 4096, device=device), []
+    assert side.stream is not None
     for i in range(200):
-        made = beside(lambda i=i: (torch.full((1 << 20,), float(i), device=device), (torch.ones(3, device=device),)))
+        made = side(lambda i=i: (torch.full((1 << 20,), float(i), device=device), (torch.ones(3, device=device),)))
         if i % 10 == 0:
             busy = busy @ busy * 1e-2
         read.append(made[0].mean() + made[1][0].sum())
@@ -32,11 +32,11 @@ def test_what_is_made_is_read_whole():
 def test_losses_are_those_of_one_stream(config, monkeypatch, dtype):  # noqa: F811
     losses = {}
     for on in (True, False):
-        monkeypatch.setattr(recipe_module, "Beside", lambda device, on, use=on: Beside(device, on=on and use))
+        monkeypatch.setattr(recipe_module, "SideStream", lambda device, on, use=on: SideStream(device, on=on and use))
         cfg = config(device="cuda", dtype=dtype, output_dir=f"{config().output_dir}_{on}", max_steps=12)
         recipe = DistillHybrid(cfg)
         recipe.setup()
-        assert (recipe.beside.stream is not None) == on
+        assert (recipe.side.stream is not None) == on
         try:
             rows = []
             for _ in range(12):

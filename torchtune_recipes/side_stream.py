@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Beside:
+class SideStream:
     """Makes something on a CUDA stream of its own, for the stream that trains.
 
     A teacher's forward pass is bound by arithmetic, an optimiser's step by memory: the pass of the next rows, on this
@@ -23,8 +23,8 @@ class Beside:
         on: False to do all on the stream that trains.
 
     Example:
-        >>> beside = Beside(torch.device("cpu"))
-        >>> beside(lambda: torch.ones(2))
+        >>> side = SideStream(torch.device("cpu"))
+        >>> side(lambda: torch.ones(2))
         tensor([1., 1.])
     """
 
