@@ -29,8 +29,7 @@ from mamba_hybrid.mixer import MixerCore
 from .limits import slot_layout
 from .qkv import qkv_projection
 
-# of a warm-up: so long that its state walk is cut into pieces, and more rows than 16 (`prefill`)
-LONG_PROMPT, MANY_PROMPTS = 4096, 17
+LONG_PROMPT = 4096  # of a warm-up: so long that its state walk is cut into pieces, if any is (`prefill`)
 
 
 class MixerLayer(nn.Module, MambaBase):
@@ -168,11 +167,17 @@ class MixerLayer(nn.Module, MambaBase):
             gate=self.config.gate, norm=self.config.norm, eps=self.config.rms_norm_eps, live=rows.live, out=output,
         )  # fmt: skip
 
-    def warm_up(self) -> None:
-        """Compile the kernels for prompts: one, a long one, and more than the kernels' smallest table of rows holds.
-        They write to the block that vLLM gives to no sequence."""
-        for lengths in ([self.layout.step + 1], [LONG_PROMPT], [self.layout.step + 1] * MANY_PROMPTS):
-            rows = StepRows.of([NULL_BLOCK_ID] * len(lengths), [0] * len(lengths), lengths, self.A_S.device)
-            projected_MX = self.A_S.new_zeros(sum(lengths), sum(self.widths), dtype=self.layout.dtype)
-            out_MX = projected_MX.new_empty(sum(lengths), self.o_proj.input_size_per_partition)
-            self.mix(projected_MX, rows, out_MX)
+    def warm_up(self, most_rows: int, most_tokens: int) -> None:
+        """Compile the kernels for prompts, short ones and long ones, of so many rows and tokens in a step at most: the
+        fewest rows of each size of the kernels' table. They write to the block that vLLM gives to no sequence."""
+        from mamba_hybrid_kernels.prefill import row_block  # Triton is needed to run, not to import
+
+        short, rows = self.layout.step + 1, 1
+        while rows <= min(most_rows, most_tokens // short):
+            for last in (short, LONG_PROMPT):
+                lengths = [short] * (rows - 1) + [last]
+                step = StepRows.of([NULL_BLOCK_ID] * rows, [0] * rows, lengths, self.A_S.device)
+                projected_MX = self.A_S.new_zeros(sum(lengths), sum(self.widths), dtype=self.layout.dtype)
+                out_MX = projected_MX.new_empty(sum(lengths), self.o_proj.input_size_per_partition)
+                self.mix(projected_MX, step, out_MX)
+            rows = row_block(rows) + 1

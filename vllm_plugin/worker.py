@@ -25,7 +25,8 @@ class HybridWorker(Worker):
         """Compile the mixers' kernels for prompts too; vLLM's own warm-up asks for none that is long enough."""
         if self.vllm_config.kernel_config.enable_jit_warmup:
             layers = self.vllm_config.compilation_config.static_forward_context.values()
+            limits = self.vllm_config.scheduler_config
             # the target's layers are alike, and so are the draft model's
             for layer in {layer.layout: layer for layer in layers if isinstance(layer, MixerLayer)}.values():
-                layer.warm_up()
+                layer.warm_up(limits.max_num_seqs, limits.max_num_batched_tokens)
         return super().compile_or_warm_up_model()

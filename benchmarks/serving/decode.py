@@ -3,7 +3,7 @@ speculation, one engine after another.
 
     python benchmarks/serving/decode.py --out decode.csv [--systems groups,groups-4,stock] [--batches 1,32,256]
                                         [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
-                                        [--warm]
+                                        [--metrics none] [--warm]
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py; replay is stock with vLLM's ReplaySSM by
 FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens. A dummy model agrees with
@@ -36,7 +36,8 @@ from shapes import write
 
 KINDS = ("llama", "stock", "replay", "heads", "groups")
 SYSTEMS = (*KINDS, "stock-4", "replay-4", "heads-4", "groups-4", "heads-8", "groups-8")
-COLUMNS = ("system", "gpus", "batch", "running", "context", "tokens_per_second", "status", "blocks", "gpu")
+COLUMNS = ("system", "gpus", "batch", "running", "context", "tokens_per_second", "metrics", "status", "blocks", "gpu")
+KEY = ("system", "gpus", "batch", "context", "metrics")
 SETTLE = 8  # steps after the last prompt before the clock starts
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
@@ -50,8 +51,10 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
         "model": str(write(folder, kind, "target", args.tiny)), "load_format": "dummy", "skip_tokenizer_init": True,
         "max_model_len": room, "max_num_seqs": max(args.batches), "enable_prefix_caching": False,
         "max_num_batched_tokens": 256 if args.tiny else 8192, "gpu_memory_utilization": args.memory,
-        "mamba_ssm_cache_dtype": "float32", "disable_log_stats": True, "enforce_eager": args.tiny,
+        "mamba_ssm_cache_dtype": "float32", "disable_log_stats": args.metrics == "none", "enforce_eager": args.tiny,
     } | parallel(gpus)  # fmt: skip
+    if args.metrics == "vllm":
+        engine["scheduler_cls"] = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     if name == "replay":
         engine |= {"use_replayssm": True, "mamba_backend": "flashinfer"}
     if drafts:
@@ -112,7 +115,7 @@ def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace
         for batch in () if args.warm else batches:
             running, tokens = rate(engine, batch, args)
             row = {"system": system, "gpus": gpus, "batch": batch, "running": running, "context": args.context}
-            row["tokens_per_second"] = round(tokens, 1)
+            row |= {"tokens_per_second": round(tokens, 1), "metrics": args.metrics}
             row |= {"status": "ok", "blocks": cache.num_gpu_blocks, "gpu": current_platform.get_device_name()}
             print(json.dumps(row), flush=True)
 
@@ -139,6 +142,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--acceptance", type=float, default=0.75)
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
+    parser.add_argument("--metrics", choices=("none", "vllm", "all"), default="none", help="what is counted (none)")
     parser.add_argument("--warm", action="store_true", help="only start each engine")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, eager: a trial")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -167,9 +171,10 @@ def compare(args: argparse.Namespace, known: Path) -> int:
         if args.out:
             save(args.out, COLUMNS, rows)
 
-    measured = {(row["system"], int(row["gpus"]), int(row["batch"]), int(row["context"])) for row in rows}
+    measured = {tuple(str(row[key]) for key in KEY) for row in rows}
     for system, gpus in engines:
-        left = [batch for batch in args.batches if (system, gpus, batch, args.context) not in measured]
+        asked = {n: tuple(map(str, (system, gpus, n, args.context, args.metrics))) for n in args.batches}
+        left = [n for n, key in asked.items() if key not in measured]
         if not left:
             continue
         began = time.perf_counter()

@@ -41,10 +41,7 @@ def measure(system: str, caching: bool, args: argparse.Namespace) -> None:
         temperature=0, max_tokens=args.answer, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
     )
     with tempfile.TemporaryDirectory() as folder:
-        given = arguments_of(system, Path(folder), args) | {
-            "enable_prefix_caching": caching,
-            "disable_log_stats": False,
-        }
+        given = arguments_of(system, Path(folder), args) | {"enable_prefix_caching": caching}
         if "speculative_config" in given:
             given["speculative_config"]["model"] = str(write(Path(folder), "llama", "draft", args.tiny))
         engine = LLMEngine.from_engine_args(EngineArgs(**given))
@@ -91,7 +88,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batches, args.acceptance = [args.conversations], 0.75
+    args.batches, args.acceptance, args.metrics = [args.conversations], 0.75, "all"
     args.context, args.room = args.turns * (args.question + args.answer), args.question + args.answer
     if args.one:
         system, caching = args.one.split()

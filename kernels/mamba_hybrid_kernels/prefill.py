@@ -159,6 +159,11 @@ def _write(
         )
 
 
+def row_block(rows: int) -> int:
+    """How many rows the kernels' table holds for so many: few sizes, as each is compiled."""
+    return next((most for most in (16, 256) if most >= rows), triton.next_power_of_2(rows))
+
+
 @dataclass(frozen=True)
 class NearLaunch:
     """How the window's attention is cut into programs.
@@ -262,7 +267,7 @@ def prefill(
     rows = (slot_R, start_R, first_R1)
     ring = (slots.x, slots.dt, slots.b)
     ring_strides = [t.stride(0) for t in ring]
-    block_r = next((most for most in (16, 256) if most >= R), triton.next_power_of_2(R))  # few, as each is compiled
+    block_r = row_block(R)
     fixed = {"G": G, "P": P, "N": N, "W": W, "WINDOW": w}
     rules = {"STEP": layout.step, "REWIND": layout.rewind}
     accuracy = precision(x_MGP)
