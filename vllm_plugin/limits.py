@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.mamba_hybrid")
 
+GRAPH_SIZES = 512  # sequences, and tokens of mixed steps, up to which steps are captured: vLLM's own limit for tokens
 STATE_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,8 +38,8 @@ class Limits(VerifyAndUpdateConfig):
         chunk before the block's end, which makes the cached state one of an earlier position. The tokens are the same
         without the cache, so this is a warning and not an error.
 
-        Also set here, unless the user names others: the worker that compiles our kernels before it serves, and the
-        scheduler that counts for the metrics.
+        Also set here, unless the user names others: the worker that compiles our kernels before it serves, the
+        scheduler that counts for the metrics, and the sizes of CUDA graphs (`graph_sizes`).
 
         Raises:
             ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
@@ -88,12 +89,49 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
+        graphs = vllm_config.compilation_config
+        if (
+            speculative is not None
+            and graphs.cudagraph_capture_sizes is None
+            and graphs.max_cudagraph_capture_size is None
+        ):
+            limits, tokens = vllm_config.scheduler_config, vllm_config.uniform_decode_query_len
+            sizes = graph_sizes(limits.max_num_seqs, tokens, limits.max_num_batched_tokens)
+            graphs.cudagraph_capture_sizes = sizes
         # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
         is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
         counted = _has_mixers(vllm_config.model_config) and not is_draft
         if counted and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
             share_metrics()
+
+
+def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int) -> list[int]:
+    """Tokens of the steps that are captured in CUDA graphs where sequences are verified.
+
+    vLLM 0.32 captures steps of up to 512 tokens: 512 sequences that draft nothing, but 102 with 4 drafts. A larger step
+    is launched kernel by kernel, which takes longer than its arithmetic. These are its sizes and, as it spaces those of
+    sequences, steps of up to 512 verified ones.
+
+    Args:
+        most_rows: sequences at once.
+        row_tokens: tokens of a sequence's verify step, the drafts and one.
+        most_tokens: of a step.
+
+    Example:
+        >>> graph_sizes(most_rows=3, row_tokens=5, most_tokens=8192)
+        [1, 2, 3, 4, 5, 8, 10, 15, 16, 24, 30]
+    """
+
+    def spaced(most: int) -> list[int]:
+        sizes = [1, 2, 4, *range(8, 256, 8), *range(256, GRAPH_SIZES + 1, 16)]
+        return [*(size for size in sizes if size < most), most]
+
+    most = min(most_rows, GRAPH_SIZES)
+    mixed = spaced(min(2 * most_rows * row_tokens, GRAPH_SIZES))
+    verified = [n * row_tokens for n in spaced(min(most, most_tokens // row_tokens))]
+    # spaced(most): a draft model's steps have one token of each sequence
+    return sorted({size for size in (*spaced(most), *mixed, *verified) if 0 < size <= most_tokens})
 
 
 def _has_mixers(model_config: ModelConfig) -> bool:

@@ -44,6 +44,8 @@ FULL = 40  # steps in which no sequence starts, after which the rest is taken no
 
 def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int = 1) -> dict:
     """vLLM's arguments for a system on so many GPUs."""
+    from vllm_plugin.limits import graph_sizes
+
     name, _, drafts = system.partition("-")
     kind = "stock" if name == "replay" else name
     room = args.context + args.room
@@ -61,6 +63,8 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
         K = int(drafts)
         # vLLM's Mamba-2 mixer cannot draft: its two-layer drafter is a Llama
         draft = write(folder, "llama" if kind == "stock" else kind, "draft", args.tiny)
+        if kind in ("llama", "stock"):  # whole steps in CUDA graphs, as the plugin asks for ours
+            engine["cudagraph_capture_sizes"] = graph_sizes(max(args.batches), K + 1, engine["max_num_batched_tokens"])
         engine["speculative_config"] = {
             "method": "draft_model", "model": str(draft), "num_speculative_tokens": K,
             "rejection_sample_method": "synthetic",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mamba_hybrid.checkpoint import load_config
-from vllm_plugin.limits import Limits, slot_layout
+from vllm_plugin.limits import Limits, graph_sizes, slot_layout
 
 HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
 
@@ -25,6 +25,7 @@ def engine(
     draft_layers=None,
     draft_tensor=1,
     scheduler=None,
+    graphs=None,
 ):
     """The part of vLLM's configuration that is read."""
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
@@ -38,7 +39,9 @@ def engine(
         )
         if drafts
         else None,
-        scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=256, max_num_batched_tokens=8192),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=graphs, max_cudagraph_capture_size=None),
+        uniform_decode_query_len=drafts + 1,
         use_v2_model_runner=v2,
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
@@ -110,3 +113,26 @@ def test_slot(hybrids, state, drafts, draft, step, rewind):
     assert fields["x"] == ((layout.ring, 2, 32), torch.bfloat16)
     sizes = [dtype.itemsize for _, dtype in fields.values()]
     assert sizes == sorted(sizes, reverse=True)  # vLLM lays them out in this order and views them by dtype
+
+
+def test_verify_steps_of_all_sequences_are_captured():
+    config = engine(drafts=4)
+    Limits.verify_and_update_config(config)
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    assert sizes == graph_sizes(256, 5, 8192)
+    assert sizes[-1] == 256 * 5 and {5 * n for n in range(8, 257, 8)} <= set(sizes)
+
+    for left in (engine(drafts=4, graphs=[8]), engine()):
+        before = left.compilation_config.cudagraph_capture_sizes
+        Limits.verify_and_update_config(left)
+        assert left.compilation_config.cudagraph_capture_sizes == before
+
+
+@pytest.mark.parametrize(("rows", "tokens", "most"), [(1, 2, 8192), (3, 5, 8192), (100, 9, 512), (1024, 5, 2048)])
+def test_graphs_for_all_that_is_asked(rows, tokens, most):
+    sizes = graph_sizes(rows, tokens, most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] <= most
+    # each number of sequences that decode, and each that a draft model drafts for, has a graph within vLLM's spacing
+    for n in range(1, min(rows, 512, most // tokens) + 1):
+        for needed in (n, n * tokens):
+            assert min(size for size in sizes if size >= needed) - needed <= 15 * tokens
