@@ -18,7 +18,10 @@ from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator, prepare_prefill_inputs
+
+LAYOUT_BLOCKS = (4, 8, 16, 32, 64, 128, 256, 512)  # of `prepare_prefill_inputs`, by a batch's longest request
 
 
 class Drafter(StandaloneARSpeculator):
@@ -29,6 +32,7 @@ class Drafter(StandaloneARSpeculator):
         # what a graph reads beside the parent's buffers
         self.next_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self.graphs: CudaGraphManager | None = None
+        self.idle_graphs: CudaGraphManager | None = None  # of rounds that draft nothing
 
     @property
     def first_tokens(self) -> int:
@@ -40,10 +44,16 @@ class Drafter(StandaloneARSpeculator):
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         able = full and self.dp_size == 1 and self.supports_decode_metadata_update
         mode = CUDAGraphMode.FULL_DECODE_ONLY if able else CUDAGraphMode.NONE
-        self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        self.graphs = self._graphs(mode)
+        if self.speculative_config.uses_dynamic_speculative_decoding():
+            self.idle_graphs = self._graphs(mode)
+
+    def _graphs(self, mode: CUDAGraphMode) -> CudaGraphManager:
+        graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
         room = len(self.expanded_input_ids)
-        for kind, descs in self.graphs._capture_descs.items():
-            self.graphs._capture_descs[kind] = [d for d in descs if d.num_reqs * self.first_tokens <= room]
+        for kind, descs in graphs._capture_descs.items():
+            graphs._capture_descs[kind] = [d for d in descs if d.num_reqs * self.first_tokens <= room]
+        return graphs
 
     def capture(self) -> None:
         assert self.graphs is not None
@@ -54,9 +64,7 @@ class Drafter(StandaloneARSpeculator):
 
         def prepare(desc: BatchExecutionDescriptor, warmup: bool):
             R = desc.num_reqs
-            starts = self.arange_gpu[: R + 1] * self.first_tokens
-            self.input_buffers.query_start_loc[: R + 1].copy_(starts)
-            self.input_buffers.seq_lens[:R].fill_(self.first_tokens)
+            self._fill(R)
             single = self._build_uniform_attn_metadata(
                 batch_desc=desc, num_reqs=R, num_query_per_req=1, seq_lens_cpu_upper_bound=self._bound(R), step=2
             )
@@ -64,7 +72,35 @@ class Drafter(StandaloneARSpeculator):
             first = self._first_metadata(desc, R)
             return lambda _mode: self._round(R, first, single)
 
+        def prepare_idle(desc: BatchExecutionDescriptor, warmup: bool):
+            R = desc.num_reqs
+            self._fill(R)
+            first = self._first_metadata(desc, R)
+            return lambda _mode: self._idle_round(R, first)
+
         self.graphs.capture(prepare, "Capturing draft rounds")
+        if self.idle_graphs is not None:
+            self.idle_graphs.capture(prepare_idle, "Capturing rounds without drafts")
+
+    def _fill(self, R: int) -> None:
+        """Requests of the longest first forward."""
+        starts = self.arange_gpu[: R + 1] * self.first_tokens
+        self.input_buffers.query_start_loc[: R + 1].copy_(starts)
+        self.input_buffers.seq_lens[:R].fill_(self.first_tokens)
+
+    def warm_up(self) -> None:
+        """Compile vLLM's kernel that lays out a round, for requests of all lengths. It fills buffers that every round
+        fills anew."""
+        for block in LAYOUT_BLOCKS:
+            batch = InputBatch.make_dummy(1, min(block - 2, self.max_num_tokens), self.input_buffers)
+            self._lay_out(batch, self.next_seq_lens.long(), self.next_seq_lens[:1])
+
+    def _lay_out(self, input_batch: InputBatch, last_sampled: Tensor, num_rejected: Tensor) -> None:
+        """The tokens of a round's first forward, and where each request's begin and end."""
+        prepare_prefill_inputs(
+            self.input_buffers, input_batch, last_sampled, num_rejected, self.expanded_input_ids,
+            self.expanded_positions, self.last_token_indices, self.max_num_reqs, self.max_model_len,
+        )  # fmt: skip
 
     def _bound(self, requests: int) -> Tensor:
         """Upper bound of sequence lengths on the host that holds for every replay."""
@@ -92,13 +128,17 @@ class Drafter(StandaloneARSpeculator):
             self.draft_logits,
         )  # fmt: skip
 
-    def _round(self, R: int, first: tuple[dict[str, Any], dict], single: dict[str, Any]) -> None:
-        """All of a round that a graph can hold; every tensor that it reads stays where it is."""
-        buffers, tokens = self.input_buffers, R * self.first_tokens
-        metadata, places = first
-        hidden = self._run_model(
+    def _idle_round(self, R: int, first: tuple[dict[str, Any], dict]) -> Tensor:
+        """A round's first forward, which is all of one that drafts nothing: cache and states know the tokens then."""
+        tokens, (metadata, places) = R * self.first_tokens, first
+        return self._run_model(
             self.expanded_input_ids[:tokens], self.expanded_positions[:tokens], metadata, places, None
         )
+
+    def _round(self, R: int, first: tuple[dict[str, Any], dict], single: dict[str, Any]) -> None:
+        """All of a round that a graph can hold; every tensor that it reads stays where it is."""
+        buffers = self.input_buffers
+        hidden = self._idle_round(R, first)
         last = self.last_token_indices[:R]
         positions, seq_lens, starts = buffers.positions[:R], buffers.seq_lens[:R], buffers.query_start_loc[: R + 1]
         positions.copy_(self.expanded_positions[last])
@@ -121,30 +161,32 @@ class Drafter(StandaloneARSpeculator):
         num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
     ) -> Tensor:  # fmt: skip
         """Drafts (R, K) for a batch that has just been verified; see vLLM's speculator."""
-        requests = input_batch.num_reqs
-        desc = self._graph_of(input_batch) if not kwargs.get("dummy_run") else None
+        requests, idle = input_batch.num_reqs, kwargs.get("num_speculative_tokens") == 0
+        graphs = self.idle_graphs if idle else self.graphs
+        desc = self._graph_of(input_batch, graphs) if not kwargs.get("dummy_run") else None
+        if desc is None and idle and not kwargs.get("dummy_run"):
+            self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds)
+            self._prefill(input_batch, num_rejected, last_sampled, requests, False, None)
+            return self.draft_tokens[:requests]
         if desc is None:
             return super().propose(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
             )  # fmt: skip
-        assert self.graphs is not None
+        assert graphs is not None
         self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds)
-        prepare_prefill_inputs(
-            self.input_buffers, input_batch, last_sampled, num_rejected, self.expanded_input_ids,
-            self.expanded_positions, self.last_token_indices, self.max_num_reqs, self.max_model_len,
-        )  # fmt: skip
+        self._lay_out(input_batch, last_sampled, num_rejected)
         lengths = input_batch.seq_lens[:requests] - num_rejected[:requests].int() + 1
         self.next_seq_lens[:requests] = lengths.clamp(max=self.max_model_len)
         self.next_seq_lens[requests:].zero_()
         self._first_metadata(desc, requests)
-        self.graphs.run_fullgraph(desc)
+        graphs.run_fullgraph(desc)
         return self.draft_tokens[:requests]
 
-    def _graph_of(self, input_batch) -> BatchExecutionDescriptor | None:
+    def _graph_of(self, input_batch, graphs: CudaGraphManager | None) -> BatchExecutionDescriptor | None:
         """The graph for this batch, None if a request has more tokens than a verify step, or the batch is too large."""
         requests = input_batch.num_reqs
-        if self.graphs is None or (input_batch.num_scheduled_tokens[:requests] >= self.first_tokens).any():
+        if graphs is None or (input_batch.num_scheduled_tokens[:requests] >= self.first_tokens).any():
             return None
-        desc = self.graphs.dispatch(requests, requests, 1, 0)
+        desc = graphs.dispatch(requests, requests, 1, 0)
         return desc if desc.cg_mode == CUDAGraphMode.FULL else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.mamba_hybrid")
 
 GRAPH_SIZES = 512  # sequences, and tokens of mixed steps, up to which steps are captured: vLLM's own limit for tokens
+CHOICE = {"drafts": "when they pay"}
 STATE_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,8 +45,8 @@ class Limits(VerifyAndUpdateConfig):
 
         Raises:
             ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
-                of layers, a hybrid draft model on fewer devices than the target, or a state dtype other than fp32 and
-                bf16.
+                of layers, a hybrid draft model on fewer devices than the target, a state dtype other than fp32 and
+                bf16, or what `drafts_by_choice` cannot do.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -89,6 +91,8 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
+        if drafts_by_choice(vllm_config):
+            _prepare_choice(vllm_config)
         graphs = vllm_config.compilation_config
         if (
             speculative is not None
@@ -104,6 +108,43 @@ class Limits(VerifyAndUpdateConfig):
         if counted and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
             share_metrics()
+
+
+def drafts_by_choice(vllm_config: VllmConfig) -> bool:
+    """Whether `--additional-config '{"mamba_hybrid": {"drafts": "when they pay"}}'` was given.
+
+    Raises:
+        ValueError: something else is asked of the plugin.
+    """
+    given = vllm_config.additional_config
+    ours = given.get("mamba_hybrid", {}) if isinstance(given, dict) else {}
+    if ours not in ({}, CHOICE):
+        raise ValueError(f"--additional-config asks {ours} of mamba_hybrid, which knows {json.dumps(CHOICE)}")
+    return ours == CHOICE
+
+
+def _prepare_choice(vllm_config: VllmConfig) -> None:
+    """Let vLLM capture steps with drafts and without. Raises ValueError where it cannot switch between them."""
+    speculative, most = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
+    obstacles = {
+        "needs a draft model in --speculative-config": speculative is None or not speculative.uses_draft_model(),
+        "needs Model Runner V2": not vllm_config.use_v2_model_runner,
+        "needs --max-num-seqs 2 at least": most < 2,
+        "excludes --data-parallel-size": vllm_config.parallel_config.data_parallel_size > 1,
+    }
+    schedule = None
+    if speculative is not None:
+        # the scheduler looks elsewhere (`DraftChoice`); that both stand here is what vLLM captures by
+        schedule = [(1, most - 1, speculative.num_speculative_tokens), (most, most, 0)]
+        obstacles |= {
+            "excludes enable_adaptive_verification": speculative.enable_adaptive_verification,
+            "excludes num_speculative_tokens_per_batch_size": speculative.num_speculative_tokens_per_batch_size
+            not in (None, schedule),
+        }
+    if reasons := [reason for reason, applies in obstacles.items() if applies]:
+        raise ValueError(f"--additional-config {json.dumps({'mamba_hybrid': CHOICE})} {', '.join(reasons)}")
+    assert speculative is not None
+    speculative.num_speculative_tokens_per_batch_size = schedule
 
 
 def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int) -> list[int]:

@@ -14,8 +14,8 @@ PADDED = 4  # a graph's requests are a multiple of this
 class Rounds:
     """In the place of a manager of CUDA graphs."""
 
-    def __init__(self, drafter: EagerDrafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: EagerDrafter, idle: bool = False) -> None:
+        self.drafter, self.idle = drafter, idle
 
     def dispatch(self, requests: int, tokens: int, uniform: int, loras: int) -> BatchExecutionDescriptor:
         R = -(-requests // PADDED) * PADDED
@@ -25,6 +25,10 @@ class Rounds:
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
         drafter = self.drafter
+        if self.idle:
+            drafter._idle_round(desc.num_reqs, drafter._first_metadata(desc, drafter.requests))
+            print(f"round without drafts of {drafter.requests} requests", flush=True)
+            return
         single = drafter.single(desc.num_reqs)
         drafter._round(desc.num_reqs, drafter._first_metadata(desc, drafter.requests), single)
         drafter.rounds += 1
@@ -43,6 +47,7 @@ class EagerDrafter(Drafter):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         self.graphs = Rounds(self)  # type: ignore[assignment]
+        self.idle_graphs = Rounds(self, idle=True)  # type: ignore[assignment]
 
     def capture(self) -> None:
         """Nothing to capture."""
@@ -82,3 +87,7 @@ class RoundWorker(CPUWorker):
         runner = self.model_runner
         if runner.speculator is not None:
             runner.speculator = EagerDrafter(self.vllm_config, runner.device)
+
+    def compile_or_warm_up_model(self):
+        self.model_runner.speculator.warm_up()
+        return super().compile_or_warm_up_model()

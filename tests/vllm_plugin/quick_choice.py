@@ -1,0 +1,11 @@
+"""The plugin's scheduler, which tries drafting and not drafting for two steps each."""
+
+from vllm_plugin import draft_choice
+from vllm_plugin.metrics import share_metrics
+from vllm_plugin.scheduler import make_scheduler
+
+__all__ = ["make_scheduler"]
+
+draft_choice.TRIAL_STEPS = draft_choice.TRIAL_ROWS = 2
+draft_choice.KEPT = 1
+share_metrics()  # the plugin does so where no scheduler is named
