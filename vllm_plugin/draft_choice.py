@@ -1,15 +1,15 @@
-"""Whether to draft, by what steps with drafts and without have brought.
+"""How many tokens to draft, by what steps with more drafts, fewer and none have brought.
 
 A draft costs a step of the draft model and a row of the verify step; what it brings depends on the text, the batch and
-the machine. So both ways are run and timed: for each size of batch, up to the next power of two, some steps with drafts
-and some without. The way with more tokens a second is kept for a while, then the other one is tried again.
+the machine. So all ways are run and timed: for each size of batch, up to the next power of two, some steps with all
+drafts, with half of them and with none. The way with most tokens a second is kept for a while, then another is tried.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -21,7 +21,17 @@ logger = init_logger("vllm.mamba_hybrid")
 
 # steps of a trial: rows enough that the number of accepted drafts is known to some percent
 TRIAL_STEPS, TRIAL_ROWS = 8, 128
-KEPT = 16  # trials' time for which the better way is kept
+KEPT = 16  # trials' time for which the best way is kept
+
+
+def choices(drafts: int) -> list[int]:
+    """The numbers of drafts to choose from.
+
+    Example:
+        >>> choices(4)
+        [4, 2, 0]
+    """
+    return sorted({drafts, (drafts + 1) // 2, 0}, reverse=True)
 
 
 @dataclass
@@ -41,59 +51,56 @@ class Way:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass
 class Size:
     """What is known of a size of batch.
 
     Args:
         most: sequences of its largest batch.
+        drafts: tokens that are drafted at most.
     """
 
-    most: int
-    drafting: bool = True
-    trying: bool = True
-    better: bool = True
-    ways: dict[bool, Way] = field(default_factory=lambda: {True: Way(), False: Way()})
+    def __init__(self, most: int, drafts: int) -> None:
+        self.most = most
+        self.ways = {n: Way() for n in choices(drafts)}
+        self.trial = max(TRIAL_STEPS, TRIAL_ROWS // most)
+        self.drafts = self.best = drafts
+        self.trying, self.left, self.turn = True, self.trial, 0
 
-    def __post_init__(self) -> None:
-        self.trial = max(TRIAL_STEPS, TRIAL_ROWS // self.most)
-        self.left = self.trial
-
-    def add(self, drafted: bool, tokens: int, seconds: float) -> None:
+    def add(self, drafts: int, tokens: int, seconds: float) -> None:
         """A step of this size."""
-        self.ways[drafted].add(tokens, seconds, 1 - 1 / self.trial)
-        if drafted != self.drafting:  # was scheduled before the last decision
+        self.ways[drafts].add(tokens, seconds, 1 - 1 / self.trial)
+        if drafts != self.drafts:  # was scheduled before the last decision
             return
         self.left -= 1
-        if self.left == 0:
-            if self.trying and self.ways[not drafted].rate:
-                self._decide()
-            else:
-                self._go(drafting=not drafted, trying=True)
+        if self.left > 0:
+            return
+        if unknown := [n for n, way in self.ways.items() if not way.rate]:
+            self._try(unknown[0])
+        elif self.trying:
+            self._decide()
+        else:
+            others = [n for n in self.ways if n != self.best]
+            self.turn += 1
+            self._try(others[self.turn % len(others)])
 
-    def _go(self, *, drafting: bool, trying: bool) -> None:
-        self.drafting, self.trying = drafting, trying
-        self.left = self.trial * (1 if trying else KEPT)
-        if trying:
-            self.ways[drafting] = Way()
+    def _try(self, drafts: int) -> None:
+        self.drafts, self.trying, self.left = drafts, True, self.trial
+        self.ways[drafts] = Way()
 
     def _decide(self) -> None:
-        with_drafts, without = self.ways[True].rate, self.ways[False].rate
-        better = with_drafts >= without
-        if better != self.better:
-            logger.info(
-                "Up to %d sequences at once: %.0f tokens/s with drafts, %.0f without, so drafts are %s.",
-                self.most, with_drafts, without, "on" if better else "off",
-            )  # fmt: skip
-        self.better = better
-        self._go(drafting=better, trying=False)
+        best = max(self.ways, key=lambda n: self.ways[n].rate)
+        if best != self.best:
+            rates = ", ".join(f"{n} drafts {way.rate:.0f} tokens/s" for n, way in self.ways.items())
+            logger.info("Up to %d sequences at once: %s; %d from now on.", self.most, rates, best)
+        self.drafts = self.best = best
+        self.trying, self.left = False, KEPT * self.trial
 
 
 class DraftChoice:
     """Stands where vLLM's scheduler looks up how many tokens to draft, by the number of sequences.
 
     Args:
-        drafts: tokens that are drafted if any are.
+        drafts: tokens that are drafted at most.
         clock: seconds.
 
     Example:
@@ -109,11 +116,11 @@ class DraftChoice:
 
     def _size(self, sequences: int) -> Size:
         most = 1 << (sequences - 1).bit_length()
-        return self.sizes.setdefault(most, Size(most))
+        return self.sizes.setdefault(most, Size(most, self.drafts))
 
     def __getitem__(self, sequences: int) -> int:
         """Tokens to draft for each of so many sequences."""
-        return self.drafts if self._size(sequences).drafting else 0
+        return self._size(sequences).drafts
 
     def begin(self, step: SchedulerOutput) -> None:
         """A step has been scheduled."""
@@ -128,4 +135,4 @@ class DraftChoice:
         self.last = now
         rows, drafts = len(step.num_scheduled_tokens), step.num_spec_tokens_to_schedule
         if rows and not step.scheduled_new_reqs and step.total_num_scheduled_tokens == rows * (drafts + 1):
-            self._size(rows).add(drafts > 0, tokens, seconds)
+            self._size(rows).add(drafts, tokens, seconds)

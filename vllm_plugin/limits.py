@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from mamba_hybrid.config import ATTENTION, MIXER
 
+from .draft_choice import choices
 from .metrics import share_metrics
 
 if TYPE_CHECKING:
@@ -124,18 +125,19 @@ def drafts_by_choice(vllm_config: VllmConfig) -> bool:
 
 
 def _prepare_choice(vllm_config: VllmConfig) -> None:
-    """Let vLLM capture steps with drafts and without. Raises ValueError where it cannot switch between them."""
+    """Let vLLM capture steps with all drafts, half and none. Raises ValueError where it cannot switch between them."""
     speculative, most = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
+    first, *others = choices(vllm_config.num_speculative_tokens)
+    # the scheduler looks elsewhere (`DraftChoice`); that all stand here is what vLLM captures by
+    rest = most - len(others)
+    schedule = [(1, rest, first), *((rest + i, rest + i, n) for i, n in enumerate(others, 1))]
     obstacles = {
         "needs a draft model in --speculative-config": speculative is None or not speculative.uses_draft_model(),
         "needs Model Runner V2": not vllm_config.use_v2_model_runner,
-        "needs --max-num-seqs 2 at least": most < 2,
+        f"needs --max-num-seqs {1 + len(others)} at least": rest < 1,
         "excludes --data-parallel-size": vllm_config.parallel_config.data_parallel_size > 1,
     }
-    schedule = None
     if speculative is not None:
-        # the scheduler looks elsewhere (`DraftChoice`); that both stand here is what vLLM captures by
-        schedule = [(1, most - 1, speculative.num_speculative_tokens), (most, most, 0)]
         obstacles |= {
             "excludes enable_adaptive_verification": speculative.enable_adaptive_verification,
             "excludes num_speculative_tokens_per_batch_size": speculative.num_speculative_tokens_per_batch_size

@@ -1,4 +1,4 @@
-"""The plugin's scheduler, which tries drafting and not drafting for two steps each."""
+"""The plugin's scheduler, which tries each number of drafts for two steps."""
 
 from vllm_plugin import draft_choice
 from vllm_plugin.metrics import share_metrics

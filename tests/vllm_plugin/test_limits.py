@@ -70,8 +70,8 @@ def engine(
         ({"asked": {"drafts": "always"}}, "asks {'drafts': 'always'} of mamba_hybrid, which knows"),
         ({"asked": WHEN}, "needs a draft model in --speculative-config, needs Model Runner V2"),
         (
-            {"asked": WHEN, "drafts": 3, "v2": True, "draft_layers": ["full_attention"], "seqs": 1},
-            '{"mamba_hybrid": {"drafts": "when they pay"}} needs --max-num-seqs 2 at least',
+            {"asked": WHEN, "drafts": 3, "v2": True, "draft_layers": ["full_attention"], "seqs": 2},
+            '{"mamba_hybrid": {"drafts": "when they pay"}} needs --max-num-seqs 3 at least',
         ),
     ],
 )
@@ -153,9 +153,9 @@ def test_graphs_for_all_that_is_asked(rows, tokens, most):
             assert min(size for size in sizes if size >= needed) - needed <= 15 * tokens
 
 
-def test_steps_with_and_without_drafts_are_captured():
+def test_steps_of_all_numbers_of_drafts_are_captured():
     config = engine(drafts=3, v2=True, draft_layers=["full_attention"], asked=WHEN)
     for _ in range(2):  # vLLM may settle a configuration again
         Limits.verify_and_update_config(config)
         schedule = config.speculative_config.num_speculative_tokens_per_batch_size
-        assert schedule == [(1, 255, 3), (256, 256, 0)]
+        assert schedule == [(1, 254, 3), (255, 255, 2), (256, 256, 0)]
