@@ -11,13 +11,11 @@ tokens; longer ones take vLLM's way. A draft model's mixers need nothing for it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -33,7 +31,7 @@ class Drafter(StandaloneARSpeculator):
         super().__init__(vllm_config, device)
         # what a graph reads beside the parent's buffers
         self.next_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self.graphs: dict[int, CudaGraphManager] = {}  # by the number of drafts
+        self.graphs: CudaGraphManager | None = None
 
     @property
     def first_tokens(self) -> int:
@@ -41,28 +39,22 @@ class Drafter(StandaloneARSpeculator):
         return self.num_speculative_steps + 2
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Graphs for as many requests as vLLM captures tokens for, where it captures decode steps whole, and for each
-        number of drafts that the scheduler chooses from."""
+        """Graphs for as many requests as vLLM captures tokens for, where it captures decode steps whole."""
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         able = full and self.dp_size == 1 and self.supports_decode_metadata_update
         mode = CUDAGraphMode.FULL_DECODE_ONLY if able else CUDAGraphMode.NONE
-        room = len(self.expanded_input_ids)
-        for drafts in self._numbers_of_drafts():
-            graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
-            for kind, descs in graphs._capture_descs.items():
-                graphs._capture_descs[kind] = [d for d in descs if d.num_reqs * self.first_tokens <= room]
-            self.graphs[drafts] = graphs
+        self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        for kind, descs in self.graphs._capture_descs.items():
+            self.graphs._capture_descs[kind] = [d for d in descs if self._fits(d)]
 
-    def _numbers_of_drafts(self) -> set[int]:
-        K, schedule = self.num_speculative_steps, self.speculative_config.num_speculative_tokens_per_batch_size
-        return {K} | (set(build_dynamic_sd_schedule_lookup(schedule, self.max_num_reqs, K)[1:]) if schedule else set())
+    def _fits(self, desc: BatchExecutionDescriptor) -> bool:
+        """Whether the buffers hold a round's first forward; of few tokens each, a step may have more requests."""
+        return desc.num_reqs * self.first_tokens <= len(self.expanded_input_ids)
 
     def capture(self) -> None:
-        for drafts, graphs in self.graphs.items():
-            if graphs.needs_capture():
-                graphs.capture(self._capturer(drafts), f"Capturing rounds of {drafts} drafts")
-
-    def _capturer(self, drafts: int) -> Callable:
+        assert self.graphs is not None
+        if not self.graphs.needs_capture():
+            return
         self.idx_mapping.fill_(-1)  # nothing is written to anyone's cache
         self.last_token_indices.zero_()
 
@@ -76,9 +68,9 @@ class Drafter(StandaloneARSpeculator):
             )
             # last, as in every round: builders keep one set of buffers, which the round fills again for single tokens
             first = self._first_metadata(desc, R)
-            return lambda _mode: self._round(R, drafts, first, single)
+            return lambda _mode: self._round(R, first, single)
 
-        return prepare
+        self.graphs.capture(prepare, "Capturing draft rounds")
 
     def warm_up(self) -> None:
         """Compile vLLM's kernel that lays out a round, for requests of all lengths. It fills buffers that every round
@@ -120,22 +112,20 @@ class Drafter(StandaloneARSpeculator):
             self.draft_logits,
         )  # fmt: skip
 
-    def _round(self, R: int, drafts: int, first: tuple[dict[str, Any], dict], single: dict[str, Any]) -> None:
+    def _round(self, R: int, first: tuple[dict[str, Any], dict], single: dict[str, Any]) -> None:
         """All of a round that a graph can hold; every tensor that it reads stays where it is."""
         buffers, tokens = self.input_buffers, R * self.first_tokens
         metadata, places = first
         hidden = self._run_model(
             self.expanded_input_ids[:tokens], self.expanded_positions[:tokens], metadata, places, None
         )
-        if drafts == 0:  # cache and states have the tokens
-            return
         last = self.last_token_indices[:R]
         positions, seq_lens, starts = buffers.positions[:R], buffers.seq_lens[:R], buffers.query_start_loc[: R + 1]
         positions.copy_(self.expanded_positions[last])
         self._draft(0, hidden[last], positions, R)
         seq_lens.copy_(self.next_seq_lens[:R])
         starts.copy_(self.arange_gpu[: R + 1])
-        for step in range(1, drafts):
+        for step in range(1, self.num_speculative_steps):
             buffers.input_ids[:R].copy_(self.draft_tokens[:R, step - 1])
             torch.clamp(positions + 1, max=self.max_model_len - 1, out=positions)
             torch.clamp(seq_lens + 1, max=self.max_model_len, out=seq_lens)
@@ -151,33 +141,27 @@ class Drafter(StandaloneARSpeculator):
         num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
     ) -> Tensor:  # fmt: skip
         """Drafts (R, K) for a batch that has just been verified; see vLLM's speculator."""
-        requests, dummy = input_batch.num_reqs, kwargs.get("dummy_run")
-        drafts = kwargs.get("num_speculative_tokens")
-        graphs = self.graphs.get(self.num_speculative_steps if drafts is None else drafts)
-        desc = self._graph_of(input_batch, graphs) if graphs is not None and not dummy else None
-        if desc is None and drafts == 0 and not dummy:
-            self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds)
-            self._prefill(input_batch, num_rejected, last_sampled, requests, False, None)
-            return self.draft_tokens[:requests]
+        requests = input_batch.num_reqs
+        desc = self._graph_of(input_batch) if not kwargs.get("dummy_run") else None
         if desc is None:
             return super().propose(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
             )  # fmt: skip
-        assert graphs is not None
+        assert self.graphs is not None
         self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds)
         self._lay_out(input_batch, last_sampled, num_rejected)
         lengths = input_batch.seq_lens[:requests] - num_rejected[:requests].int() + 1
         self.next_seq_lens[:requests] = lengths.clamp(max=self.max_model_len)
         self.next_seq_lens[requests:].zero_()
         self._first_metadata(desc, requests)
-        graphs.run_fullgraph(desc)
+        self.graphs.run_fullgraph(desc)
         return self.draft_tokens[:requests]
 
-    def _graph_of(self, input_batch, graphs: CudaGraphManager) -> BatchExecutionDescriptor | None:
+    def _graph_of(self, input_batch) -> BatchExecutionDescriptor | None:
         """The graph for this batch, None if a request has more tokens than a verify step, or the batch is too large."""
         requests = input_batch.num_reqs
-        if (input_batch.num_scheduled_tokens[:requests] >= self.first_tokens).any():
+        if self.graphs is None or (input_batch.num_scheduled_tokens[:requests] >= self.first_tokens).any():
             return None
-        desc = graphs.dispatch(requests, requests, 1, 0)
-        return desc if desc.cg_mode == CUDAGraphMode.FULL else None
+        desc = self.graphs.dispatch(requests, requests, 1, 0)
+        return desc if desc.cg_mode == CUDAGraphMode.FULL and self._fits(desc) else None

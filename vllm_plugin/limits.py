@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,6 @@ from vllm.platforms import current_platform
 
 from mamba_hybrid.config import ATTENTION, MIXER
 
-from .draft_choice import choices
 from .metrics import share_metrics
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.mamba_hybrid")
 
-GRAPH_SIZES = 512  # sequences, and tokens of mixed steps, up to which steps are captured: vLLM's own limit for tokens
-CHOICE = {"drafts": "when they pay"}
 STATE_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,8 +42,8 @@ class Limits(VerifyAndUpdateConfig):
 
         Raises:
             ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
-                of layers, a hybrid draft model on fewer devices than the target, a state dtype other than fp32 and
-                bf16, or what `drafts_by_choice` cannot do.
+                of layers, a hybrid draft model on fewer devices than the target, or a state dtype other than fp32 and
+                bf16.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -92,17 +88,17 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
-        if drafts_by_choice(vllm_config):
-            _prepare_choice(vllm_config)
         graphs = vllm_config.compilation_config
-        if (
-            speculative is not None
-            and graphs.cudagraph_capture_sizes is None
-            and graphs.max_cudagraph_capture_size is None
-        ):
+        chosen = graphs.cudagraph_capture_sizes is not None or graphs.max_cudagraph_capture_size is not None
+        # vLLM has lists of its own for a schedule of drafts, and for few sequences
+        listed = speculative is not None and speculative.num_speculative_tokens_per_batch_size is not None
+        listed = listed or vllm_config.performance_mode == "interactivity"
+        if speculative is not None and not chosen and not listed:
             limits, tokens = vllm_config.scheduler_config, vllm_config.uniform_decode_query_len
-            sizes = graph_sizes(limits.max_num_seqs, tokens, limits.max_num_batched_tokens)
-            graphs.cudagraph_capture_sizes = sizes
+            most = 1024 if current_platform.is_cuda() and current_platform.is_device_capability_family(100) else 512
+            graphs.cudagraph_capture_sizes = graph_sizes(
+                limits.max_num_seqs, tokens, limits.max_num_batched_tokens, most
+            )
         # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
         is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
         counted = _has_mixers(vllm_config.model_config) and not is_draft
@@ -111,55 +107,18 @@ class Limits(VerifyAndUpdateConfig):
             share_metrics()
 
 
-def drafts_by_choice(vllm_config: VllmConfig) -> bool:
-    """Whether `--additional-config '{"mamba_hybrid": {"drafts": "when they pay"}}'` was given.
-
-    Raises:
-        ValueError: something else is asked of the plugin.
-    """
-    given = vllm_config.additional_config
-    ours = given.get("mamba_hybrid", {}) if isinstance(given, dict) else {}
-    if ours not in ({}, CHOICE):
-        raise ValueError(f"--additional-config asks {ours} of mamba_hybrid, which knows {json.dumps(CHOICE)}")
-    return ours == CHOICE
-
-
-def _prepare_choice(vllm_config: VllmConfig) -> None:
-    """Let vLLM capture steps with all drafts, half and none. Raises ValueError where it cannot switch between them."""
-    speculative, most = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
-    first, *others = choices(vllm_config.num_speculative_tokens)
-    # the scheduler looks elsewhere (`DraftChoice`); that all stand here is what vLLM captures by
-    rest = most - len(others)
-    schedule = [(1, rest, first), *((rest + i, rest + i, n) for i, n in enumerate(others, 1))]
-    obstacles = {
-        "needs a draft model in --speculative-config": speculative is None or not speculative.uses_draft_model(),
-        "needs Model Runner V2": not vllm_config.use_v2_model_runner,
-        f"needs --max-num-seqs {1 + len(others)} at least": rest < 1,
-        "excludes --data-parallel-size": vllm_config.parallel_config.data_parallel_size > 1,
-    }
-    if speculative is not None:
-        obstacles |= {
-            "excludes enable_adaptive_verification": speculative.enable_adaptive_verification,
-            "excludes num_speculative_tokens_per_batch_size": speculative.num_speculative_tokens_per_batch_size
-            not in (None, schedule),
-        }
-    if reasons := [reason for reason, applies in obstacles.items() if applies]:
-        raise ValueError(f"--additional-config {json.dumps({'mamba_hybrid': CHOICE})} {', '.join(reasons)}")
-    assert speculative is not None
-    speculative.num_speculative_tokens_per_batch_size = schedule
-
-
-def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int) -> list[int]:
+def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int, most_sizes: int = 512) -> list[int]:
     """Tokens of the steps that are captured in CUDA graphs where sequences are verified.
 
     vLLM 0.32 captures steps of up to 512 tokens: 512 sequences that draft nothing, but 102 with 4 drafts. A larger step
-    is launched kernel by kernel, which takes longer than its arithmetic. These are its sizes and, as it spaces those of
-    sequences, steps of up to 512 verified ones.
+    is launched kernel by kernel, which can take longer than its arithmetic. These are its sizes and, spaced as it
+    spaces them, those of up to 512 verified sequences.
 
     Args:
         most_rows: sequences at once.
         row_tokens: tokens of a sequence's verify step, the drafts and one.
         most_tokens: of a step.
+        most_sizes: up to which vLLM captures, 512 on most GPUs.
 
     Example:
         >>> graph_sizes(most_rows=3, row_tokens=5, most_tokens=8192)
@@ -167,14 +126,14 @@ def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int) -> list[int]:
     """
 
     def spaced(most: int) -> list[int]:
-        sizes = [1, 2, 4, *range(8, 256, 8), *range(256, GRAPH_SIZES + 1, 16)]
+        sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most_sizes + 1, 16)]
         return [*(size for size in sizes if size < most), most]
 
-    most = min(most_rows, GRAPH_SIZES)
-    mixed = spaced(min(2 * most_rows * row_tokens, GRAPH_SIZES))
+    most = min(most_rows, most_sizes)
+    tokens = spaced(min(2 * most_rows * row_tokens, most_sizes))
     verified = [n * row_tokens for n in spaced(min(most, most_tokens // row_tokens))]
     # spaced(most): a draft model's steps have one token of each sequence
-    return sorted({size for size in (*spaced(most), *mixed, *verified) if 0 < size <= most_tokens})
+    return sorted({size for size in (*spaced(most), *tokens, *verified) if 0 < size <= most_tokens})
 
 
 def _has_mixers(model_config: ModelConfig) -> bool:

@@ -175,7 +175,7 @@ def compare(args: argparse.Namespace, known: Path) -> int:
         if args.out:
             save(args.out, COLUMNS, rows)
 
-    measured = {tuple(str(row[key]) for key in KEY) for row in rows}
+    measured = {tuple(str(row.get(key)) for key in KEY) for row in rows}
     for system, gpus in engines:
         asked = {n: tuple(map(str, (system, gpus, n, args.context, args.metrics))) for n in args.batches}
         left = [n for n, key in asked.items() if key not in measured]

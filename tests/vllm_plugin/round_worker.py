@@ -14,8 +14,8 @@ PADDED = 4  # a graph's requests are a multiple of this
 class Rounds:
     """In the place of a manager of CUDA graphs."""
 
-    def __init__(self, drafter: EagerDrafter, drafts: int) -> None:
-        self.drafter, self.drafts = drafter, drafts
+    def __init__(self, drafter: EagerDrafter) -> None:
+        self.drafter = drafter
 
     def dispatch(self, requests: int, tokens: int, uniform: int, loras: int) -> BatchExecutionDescriptor:
         R = -(-requests // PADDED) * PADDED
@@ -26,12 +26,12 @@ class Rounds:
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
         drafter = self.drafter
         single = drafter.single(desc.num_reqs)
-        drafter._round(desc.num_reqs, self.drafts, drafter._first_metadata(desc, drafter.requests), single)
+        drafter._round(desc.num_reqs, drafter._first_metadata(desc, drafter.requests), single)
         drafter.rounds += 1
         drafter.ragged += int((drafter.starts_np[1:] - drafter.starts_np[:-1]).min() < drafter.first_tokens)
         print(
-            f"round {drafter.rounds}: {self.drafts} drafts of {drafter.requests} requests, {desc.num_reqs} with "
-            f"padding, {drafter.ragged} ragged so far", flush=True,
+            f"round {drafter.rounds} of {drafter.requests} requests, {desc.num_reqs} with padding, "
+            f"{drafter.ragged} ragged so far", flush=True,
         )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class EagerDrafter(Drafter):
     requests = 0
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = {drafts: Rounds(self, drafts) for drafts in self._numbers_of_drafts()}  # type: ignore[assignment]
+        self.graphs = Rounds(self)  # type: ignore[assignment]
 
     def capture(self) -> None:
         """Nothing to capture."""

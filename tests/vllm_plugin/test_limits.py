@@ -10,7 +10,6 @@ import torch
 from mamba_hybrid.checkpoint import load_config
 from vllm_plugin.limits import Limits, graph_sizes, slot_layout
 
-WHEN = {"drafts": "when they pay"}
 HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
 
 
@@ -27,30 +26,26 @@ def engine(
     draft_tensor=1,
     scheduler=None,
     graphs=None,
-    seqs=256,
-    asked=None,
+    schedule=None,
+    mode="balanced",
 ):
     """The part of vLLM's configuration that is read."""
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=1
-        ),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=stages),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
         speculative_config=SimpleNamespace(
             draft_model_config=draft,
             uses_draft_model=lambda: draft is not None,
             draft_tensor_parallel_size=draft_tensor,
-            num_speculative_tokens=drafts,
-            num_speculative_tokens_per_batch_size=None,
-            enable_adaptive_verification=False,
+            num_speculative_tokens_per_batch_size=schedule,
         )
         if drafts
         else None,
-        scheduler_config=SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=seqs, max_num_batched_tokens=8192),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=256, max_num_batched_tokens=8192),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=graphs, max_cudagraph_capture_size=None),
         uniform_decode_query_len=drafts + 1,
-        additional_config={"mamba_hybrid": asked} if asked else {},
+        performance_mode=mode,
         use_v2_model_runner=v2,
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
@@ -66,12 +61,6 @@ def engine(
         (
             {"tensor": 2, "drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
             "draft_tensor_parallel_size 1 of a draft model with mixers must be --tensor-parallel-size 2",
-        ),
-        ({"asked": {"drafts": "always"}}, "asks {'drafts': 'always'} of mamba_hybrid, which knows"),
-        ({"asked": WHEN}, "needs a draft model in --speculative-config, needs Model Runner V2"),
-        (
-            {"asked": WHEN, "drafts": 3, "v2": True, "draft_layers": ["full_attention"], "seqs": 2},
-            '{"mamba_hybrid": {"drafts": "when they pay"}} needs --max-num-seqs 3 at least',
         ),
     ],
 )
@@ -137,7 +126,8 @@ def test_verify_steps_of_all_sequences_are_captured():
     assert sizes == graph_sizes(256, 5, 8192)
     assert sizes[-1] == 256 * 5 and {5 * n for n in range(8, 257, 8)} <= set(sizes)
 
-    for left in (engine(drafts=4, graphs=[8]), engine()):
+    left_alone = [{"graphs": [8]}, {"schedule": [(1, 256, 2)]}, {"mode": "interactivity"}, {"drafts": 0}]
+    for left in (engine(**{"drafts": 4} | changes) for changes in left_alone):
         before = left.compilation_config.cudagraph_capture_sizes
         Limits.verify_and_update_config(left)
         assert left.compilation_config.cudagraph_capture_sizes == before
@@ -151,11 +141,3 @@ def test_graphs_for_all_that_is_asked(rows, tokens, most):
     for n in range(1, min(rows, 512, most // tokens) + 1):
         for needed in (n, n * tokens):
             assert min(size for size in sizes if size >= needed) - needed <= 15 * tokens
-
-
-def test_steps_of_all_numbers_of_drafts_are_captured():
-    config = engine(drafts=3, v2=True, draft_layers=["full_attention"], asked=WHEN)
-    for _ in range(2):  # vLLM may settle a configuration again
-        Limits.verify_and_update_config(config)
-        schedule = config.speculative_config.num_speculative_tokens_per_batch_size
-        assert schedule == [(1, 254, 3), (255, 255, 2), (256, 256, 0)]
