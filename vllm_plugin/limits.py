@@ -88,23 +88,30 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
-        graphs = vllm_config.compilation_config
-        chosen = graphs.cudagraph_capture_sizes is not None or graphs.max_cudagraph_capture_size is not None
-        # vLLM has lists of its own for a schedule of drafts, and for few sequences
-        listed = speculative is not None and speculative.num_speculative_tokens_per_batch_size is not None
-        listed = listed or vllm_config.performance_mode == "interactivity"
-        if speculative is not None and not chosen and not listed:
-            limits, tokens = vllm_config.scheduler_config, vllm_config.uniform_decode_query_len
-            most = 1024 if current_platform.is_cuda() and current_platform.is_device_capability_family(100) else 512
-            graphs.cudagraph_capture_sizes = graph_sizes(
-                limits.max_num_seqs, tokens, limits.max_num_batched_tokens, most
-            )
+        if speculative is not None:
+            _capture_verify_steps(vllm_config)
         # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
         is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
         counted = _has_mixers(vllm_config.model_config) and not is_draft
         if counted and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = "vllm_plugin.scheduler.make_scheduler"
             share_metrics()
+
+
+def _capture_verify_steps(vllm_config: VllmConfig) -> None:
+    """CUDA graphs for them, where the sizes are not the user's, nor vLLM's own for a schedule of drafts or for few
+    sequences."""
+    graphs, limits = vllm_config.compilation_config, vllm_config.scheduler_config
+    if graphs.cudagraph_capture_sizes is not None or graphs.max_cudagraph_capture_size is not None:
+        return
+    if vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None:
+        return
+    if vllm_config.performance_mode == "interactivity":
+        return
+    most = 1024 if current_platform.is_cuda() and current_platform.is_device_capability_family(100) else 512
+    graphs.cudagraph_capture_sizes = graph_sizes(
+        limits.max_num_seqs, vllm_config.uniform_decode_query_len, limits.max_num_batched_tokens, most
+    )
 
 
 def graph_sizes(most_rows: int, row_tokens: int, most_tokens: int, most_sizes: int = 512) -> list[int]:

@@ -174,7 +174,7 @@ class MixerLayer(nn.Module, MambaBase):
 
         short, rows = self.layout.step + 1, 1
         while rows <= min(most_rows, most_tokens // short):
-            for last in (short, min(LONG_PROMPT, most_tokens - short * (rows - 1))):
+            for last in sorted({short, min(LONG_PROMPT, most_tokens - short * (rows - 1))}):
                 lengths = [short] * (rows - 1) + [last]
                 step = StepRows.of([NULL_BLOCK_ID] * rows, [0] * rows, lengths, self.A_S.device)
                 projected_MX = self.A_S.new_zeros(sum(lengths), sum(self.widths), dtype=self.layout.dtype)
