@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--draft", metavar="DIR", help="drafter: the model is also run with it")
     p.add_argument("--drafts", type=int, default=4, metavar="K", help="drafted tokens a step (4)")
     p.add_argument(
+        "--when-they-pay", action="store_true", help="run it with --draft once more, with as many drafts as pay (GPUs)"
+    )
+    p.add_argument(
         "--against", metavar="DIR", action="append", default=[], help="another model to run; may be repeated"
     )
     p.add_argument("--clients", default="1,8,32", metavar="1,8,...", help="requests in flight (1,8,32)")
@@ -98,15 +101,7 @@ def run(args: argparse.Namespace) -> int:
             run, a server that does not start or a load that fails, with the last lines of its log.
     """
     clients, flags = _check(args)
-    systems = {args.model: [args.model]}
-    if args.draft:
-        speculative = json.dumps({"model": args.draft, "num_speculative_tokens": args.drafts})
-        systems[f"{args.model} + {args.draft}, {args.drafts} drafts"] = [
-            args.model,
-            "--speculative-config",
-            speculative,
-        ]
-    systems |= {path: [path] for path in args.against}
+    systems = systems_of(args)
     settings = settings_of(args)
     known = read_loads(args.out, settings) if args.out and Path(args.out).exists() else {}
     for system, command in systems.items():
@@ -126,6 +121,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def systems_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What is served, and the words after `vllm serve` that do it."""
+    from .limits import CHOICE
+
+    systems = {args.model: [args.model]}
+    if args.draft:
+        name = f"{args.model} + {args.draft}, "
+        speculative = json.dumps({"model": args.draft, "num_speculative_tokens": args.drafts})
+        drafted = [args.model, "--speculative-config", speculative]
+        systems[f"{name}{args.drafts} drafts"] = drafted
+        if args.when_they_pay:
+            choice = json.dumps({"mamba_hybrid": CHOICE})
+            systems[f"{name}up to {args.drafts} drafts"] = [*drafted, "--additional-config", choice]
+    return systems | {path: [path] for path in args.against}
+
+
 def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
     """The numbers of clients, and vLLM's flags; raises for what cannot be run."""
     from .checkpoint import check_servable
@@ -139,6 +150,8 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
     for flag, value in numbers.items():
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if args.when_they_pay and not args.draft:
+        raise UserError("--when-they-pay needs --draft")
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             check_output(flag, path)

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, which also counts what its steps do to the states.
+"""vLLM's scheduler, which also counts what its steps do to the states and, where asked to, chooses whether to draft.
 
 The scheduler is the one place where a step's rows and what was accepted of them are known on the host, in the order in
 which the device runs them, with asynchronous scheduling too.
@@ -13,7 +13,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 
-from .limits import slot_layout
+from .draft_choice import DraftChoice
+from .limits import drafts_by_choice, slot_layout
 from .metrics import StateMetrics, metrics_directory
 from .mirror import SlotMirror
 
@@ -70,6 +71,10 @@ class CountingScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.choice: DraftChoice | None = None
+        if drafts_by_choice(self.vllm_config):
+            self.choice = DraftChoice(self.num_spec_tokens)
+            self.dynamic_sd_lookup = self.choice  # type: ignore[assignment]
         self.state_metrics: StateMetrics | None = None
         directory, config = metrics_directory(), self.vllm_config
         if not self.log_stats or directory is None:
@@ -101,17 +106,21 @@ class CountingScheduler(Scheduler):
         scheduled = super().schedule(throttle_prefills)
         if self.state_metrics is not None and self.exact:
             self.begun[id(scheduled)] = self._begun(scheduled)
+        if self.choice is not None:
+            self.choice.begin(scheduled)
         return scheduled
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """As vLLM's. The device may be waiting, so that the step is only laid aside to be counted."""
+        # now, because vLLM cuts what is behind a stop
+        sampled = list(map(len, model_runner_output.sampled_token_ids))
+        if self.choice is not None:
+            self.choice.end(scheduler_output, sum(sampled))
         if self.state_metrics is None:
             return super().update_from_output(scheduler_output, model_runner_output)
         if self.exact:
-            # now, because vLLM cuts what is behind a stop
-            sampled = list(map(len, model_runner_output.sampled_token_ids))
             begun = self.begun.pop(id(scheduler_output))
             self.uncounted.append((scheduler_output, begun, model_runner_output.req_id_to_index, sampled))
         outputs = super().update_from_output(scheduler_output, model_runner_output)

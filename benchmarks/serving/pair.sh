@@ -36,7 +36,7 @@ done
 # rows stand in the order in which they were answered
 cmp <(sort "$out/answers-0.jsonl") <(sort "$out/answers-4.jsonl")
 echo "greedy answers are equal with and without drafts"
-# most of its minutes are two starts of a server and six of vLLM's load generator
-[ -f "$out/pair.png" ] || mamba-hybrid bench serve "$target" --draft "$draft" --drafts 4 --prompts "$prompts" \
+# most of its minutes are three starts of a server and nine of vLLM's load generator
+[ -f "$out/pair.png" ] || mamba-hybrid bench serve "$target" --draft "$draft" --drafts 4 --when-they-pay --prompts "$prompts" \
     --clients 1,8,32 --rounds 4 --output-tokens 128 --out "$out/pair.csv" --plot "$out/pair.png" \
     --vllm-args "--max-model-len 4096 --dtype bfloat16"

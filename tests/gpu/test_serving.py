@@ -22,6 +22,7 @@ pytestmark = [
 PROMPTS, NEW, CONTEXT = 64, 256, 4400
 NGRAM = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 V1, V2 = "0", "1"
+WHEN_THEY_PAY = {"mamba_hybrid": {"drafts": "when they pay"}}
 SEEDS = {
     "heads": 5,
     "shared": 3,
@@ -43,6 +44,7 @@ CASES = {
     "v1-ngram-8": (V1, "heads", ("ngram", 8), {}),
     "draft-4": (V2, "heads", ("draft", 4), {}),
     "draft-8": (V2, "shared", ("draft", 8), {}),
+    "draft-up-to-4": (V2, "heads", ("draft", 4), {"additional_config": WHEN_THEY_PAY}),
     "adaptive-4": (V2, "heads", ("adaptive", 4), {}),
     "adaptive-8": (V2, "shared", ("adaptive", 8), {}),
     "draft-preempted": (V2, "heads", ("draft", 4), {"num_gpu_blocks_override": 110}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -11,28 +13,20 @@ from vllm_plugin.drafter import Drafter
 PADDED = 4  # a graph's requests are a multiple of this
 
 
+class All:
+    """Holds everything."""
+
+    def __contains__(self, desc: BatchExecutionDescriptor) -> bool:
+        return True
+
+
 class Rounds:
     """In the place of a manager of CUDA graphs."""
 
-    def __init__(self, drafter: EagerDrafter) -> None:
-        self.drafter = drafter
+    graphs = All()
 
-    def dispatch(self, requests: int, tokens: int, uniform: int, loras: int) -> BatchExecutionDescriptor:
-        R = -(-requests // PADDED) * PADDED
-        return BatchExecutionDescriptor(
-            cg_mode=CUDAGraphMode.FULL, num_tokens=R, num_reqs=R, uniform_token_count=uniform
-        )
-
-    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
-        drafter = self.drafter
-        single = drafter.single(desc.num_reqs)
-        drafter._round(desc.num_reqs, drafter._first_metadata(desc, drafter.requests), single)
-        drafter.rounds += 1
-        drafter.ragged += int((drafter.starts_np[1:] - drafter.starts_np[:-1]).min() < drafter.first_tokens)
-        print(
-            f"round {drafter.rounds} of {drafter.requests} requests, {desc.num_reqs} with padding, "
-            f"{drafter.ragged} ragged so far", flush=True,
-        )  # fmt: skip
+    def __init__(self, run: Callable[[BatchExecutionDescriptor], None]) -> None:
+        self.run_fullgraph = run
 
 
 class EagerDrafter(Drafter):
@@ -42,19 +36,35 @@ class EagerDrafter(Drafter):
     requests = 0
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.graphs = Rounds(self)  # type: ignore[assignment]
+        self.sizes = list(range(PADDED, self.max_num_reqs + PADDED, PADDED))
+        self.reading = Rounds(self._run_reading)  # type: ignore[assignment]
+        self.drafting = Rounds(self._run_drafting)  # type: ignore[assignment]
+
+    def _run_reading(self, desc: BatchExecutionDescriptor) -> None:
+        self._read(
+            desc, *self._inputs_of_reading(desc, self.arange_np[: self.requests + 1], self._bound(self.requests))
+        )
+        self.ragged += int((self.starts_np[1:] - self.starts_np[:-1]).min() < desc.uniform_token_count)
+        print(f"read up to {desc.uniform_token_count} tokens of {self.requests} requests", flush=True)
+
+    def _run_drafting(self, desc: BatchExecutionDescriptor) -> None:
+        R, N = desc.num_reqs, desc.uniform_token_count
+        self._draft_all(R, N, self.single(R))
+        self.rounds += 1
+        print(
+            f"round {self.rounds}: {N} drafts of {self.requests} requests, {R} with padding, "
+            f"{self.ragged} ragged so far", flush=True,
+        )  # fmt: skip
 
     def capture(self) -> None:
         """Nothing to capture."""
 
     def propose(self, input_batch, *args, **kwargs):
-        n = input_batch.num_reqs
+        n = self.requests = input_batch.num_reqs
         self.starts_np = input_batch.query_start_loc_np[: n + 1] + self.arange_np[: n + 1]
+        if kwargs.get("num_speculative_tokens") == 0:
+            print(f"round: 0 drafts of {n} requests", flush=True)
         return super().propose(input_batch, *args, **kwargs)
-
-    def _first_metadata(self, desc, requests):
-        self.requests = requests
-        return super()._first_metadata(desc, requests)
 
     def _build_attn_metadata(self, *, query_start_loc_np, step, **kwargs):
         # vLLM's CPU attention plans by the host's numbers, so they are exact here
@@ -81,7 +91,7 @@ class RoundWorker(CPUWorker):
         super().init_device()
         runner = self.model_runner
         if runner.speculator is not None:
-            runner.speculator = EagerDrafter(self.vllm_config, runner.device)
+            runner.speculator = EagerDrafter(self.vllm_config, runner.device, lambda: None)
 
     def compile_or_warm_up_model(self):
         self.model_runner.speculator.warm_up()

@@ -16,6 +16,7 @@ from vllm_plugin.bench import (
     plot,
     read_loads,
     settings_of,
+    systems_of,
     write_loads,
 )
 
@@ -33,6 +34,7 @@ from vllm_plugin.bench import (
         (["--plot", "table.gif"], ["--plot table.gif", ".png"]),
         (["--vllm-args", "'"], ["--vllm-args '"]),
         (["--vllm-args=--port=1"], ["--vllm-args --port=1", "itself"]),
+        (["--when-they-pay"], ["--when-they-pay needs --draft"]),
         (["--prompts", "nowhere.jsonl"], ["--prompts nowhere.jsonl"]),
         (["--prompts", __file__], ["--prompts", "cannot be read"]),
     ],
@@ -51,6 +53,18 @@ def test_too_few_prompts(hybrids, tmp_path, capsys):
         main(["bench", "serve", str(hybrids["shared"]), "--prompts", str(file), "--clients", "2", "--rounds", "3"]) == 1
     )
     assert "has 5 prompts" in capsys.readouterr().err
+
+
+def test_systems():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    asked = ["serve", "m", "--draft", "d", "--drafts", "3", "--when-they-pay", "--against", "other"]
+    systems = systems_of(parser.parse_args(asked))
+    assert list(systems) == ["m", "m + d, 3 drafts", "m + d, up to 3 drafts", "other"]
+    speculative = ["m", "--speculative-config", '{"model": "d", "num_speculative_tokens": 3}']
+    assert systems["m + d, 3 drafts"] == speculative
+    choice = ["--additional-config", '{"mamba_hybrid": {"drafts": "when they pay"}}']
+    assert systems["m + d, up to 3 drafts"] == [*speculative, *choice]
 
 
 def test_table_and_plot(tmp_path):

@@ -4,6 +4,7 @@ those of the slots."""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -155,8 +156,32 @@ def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
     assert result["counters"]["spec_decode_num_accepted_tokens"] == 2 * simulated
     assert len(result["slots"]["layers"]) == 4
     assert result["slots"]["blocks"] == [0] * 4
-    assert "round 1 of" in result["log"]
+    assert "round 1: 3 drafts" in result["log"]
     assert int(result["log"].rsplit(" ragged so far", 1)[0].rsplit(" ", 1)[1]) > 0
+
+
+def test_drafts_when_they_pay(hybrids, expected, generate, environment, tmp_path):
+    """Steps with all drafts, with half, without, and again: the draft model has seen every token in between. A guess
+    right after a step without drafts is as good as others: the target as its own draft is always right."""
+    asked, answers = expected("shared", prompts([3, 17, 65], seed=5))
+    result = generate(
+        "shared",
+        asked,
+        {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}",
+        },
+        new=24,
+        worker_cls="quick_choice.RoundWorker",
+        additional_config={"mamba_hybrid": {"drafts": "when they pay"}},
+        max_num_batched_tokens=256,
+        speculative_config={"method": "draft_model", "model": str(hybrids["shared"]), "num_speculative_tokens": 2},
+    )
+    assert result["rounds"] == [[tokens[:24] for tokens in answers]] * 2
+    made = "".join(re.findall(r"round[ \d]*: (\d) drafts", result["log"]))
+    assert "21" in made and "10" in made and re.search("0[12]", made), made
+    counters = result["counters"]
+    assert 0 < counters["spec_decode_num_accepted_tokens"] == counters["spec_decode_num_draft_tokens"]
 
 
 def test_prefix_caching(expected, generate):

@@ -21,7 +21,8 @@ SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner):
-    """V1 with drafts of random length, some wrong; V2, in Triton's interpreter, with a draft model that has mixers."""
+    """V1 with drafts of random length, some wrong; V2, in Triton's interpreter, with a draft model that has mixers and
+    drafts another number of tokens every few steps."""
     model = load_model(hybrids["heads"])
     # V2 is slow here: prompts that soon need another block
     lengths = {"V1": [1, 2, 17, 64, 65, 100, 114, 221, 240, 400], "V2": [1, 65, 221, 240, 250]}[runner]
@@ -41,7 +42,8 @@ def test_no_divergence_and_no_leaked_slot(hybrids, environment, tmp_path, runner
     if runner == "V2":
         draft = write_noisy(tmp_path / "draft", hybrids["heads"], 0.03)
         speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
-        llm |= {"speculative_config": speculative, "worker_cls": "round_worker.RoundWorker"}
+        llm |= {"speculative_config": speculative, "worker_cls": "quick_choice.RoundWorker"}
+        llm |= {"additional_config": {"mamba_hybrid": {"drafts": "when they pay"}}}
         llm["num_gpu_blocks_override"] = 10  # one is no one's, three each for three sequences, none to grow
         switches = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{HERE}"}
     job = {

@@ -10,6 +10,7 @@ import torch
 from mamba_hybrid.checkpoint import load_config
 from vllm_plugin.limits import Limits, graph_sizes, slot_layout
 
+WHEN = {"drafts": "when they pay"}
 HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
 
 
@@ -28,24 +29,32 @@ def engine(
     graphs=None,
     schedule=None,
     mode="balanced",
+    seqs=256,
+    data=1,
+    adaptive=False,
+    asked=None,
 ):
     """The part of vLLM's configuration that is read."""
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=stages),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=data
+        ),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
         speculative_config=SimpleNamespace(
             draft_model_config=draft,
             uses_draft_model=lambda: draft is not None,
             draft_tensor_parallel_size=draft_tensor,
             num_speculative_tokens_per_batch_size=schedule,
+            enable_adaptive_verification=adaptive,
         )
         if drafts
         else None,
-        scheduler_config=SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=256, max_num_batched_tokens=8192),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=seqs, max_num_batched_tokens=8192),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=graphs, max_cudagraph_capture_size=None),
         uniform_decode_query_len=drafts + 1,
         performance_mode=mode,
+        additional_config={"mamba_hybrid": asked} if asked else {},
         use_v2_model_runner=v2,
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
@@ -61,6 +70,23 @@ def engine(
         (
             {"tensor": 2, "drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
             "draft_tensor_parallel_size 1 of a draft model with mixers must be --tensor-parallel-size 2",
+        ),
+        ({"asked": {"drafts": "always"}}, "asks {'drafts': 'always'} of mamba_hybrid, which knows"),
+        ({"asked": WHEN}, "needs a draft model in --speculative-config"),
+        ({"asked": WHEN, "drafts": 3}, "needs a draft model in --speculative-config"),
+        *(
+            (
+                {"asked": WHEN, "drafts": 3, "v2": True, "draft_layers": ["full_attention"]} | changes,
+                f'--additional-config {{"mamba_hybrid": {{"drafts": "when they pay"}}}} {obstacle}',
+            )
+            for changes, obstacle in (
+                ({"v2": False}, "needs Model Runner V2"),
+                ({"seqs": 2}, "needs --max-num-seqs 3 at least"),
+                ({"data": 2}, "excludes --data-parallel-size"),
+                ({"scheduler": "mine.Scheduler"}, "excludes --scheduler-cls mine.Scheduler"),
+                ({"adaptive": True}, "excludes enable_adaptive_verification"),
+                ({"schedule": [(1, 256, 2)]}, "excludes num_speculative_tokens_per_batch_size"),
+            )
         ),
     ],
 )
@@ -141,3 +167,13 @@ def test_graphs_for_all_that_is_asked(rows, tokens, most):
     for n in range(1, min(rows, 512, most // tokens) + 1):
         for needed in (n, n * tokens):
             assert min(size for size in sizes if size >= needed) - needed <= 15 * tokens
+
+
+def test_steps_of_all_numbers_of_drafts_are_captured():
+    config = engine(drafts=3, v2=True, draft_layers=["full_attention"], asked=WHEN)
+    for _ in range(2):  # vLLM may settle a configuration again
+        Limits.verify_and_update_config(config)
+        schedule = config.speculative_config.num_speculative_tokens_per_batch_size
+        assert schedule == [(1, 254, 3), (255, 255, 2), (256, 256, 0)]
+        sizes = set(config.compilation_config.cudagraph_capture_sizes)
+        assert all(sizes >= set(graph_sizes(256, length, 8192)) for length in (4, 3, 1))

@@ -1,0 +1,10 @@
+"""A worker beside whose scheduler each number of drafts is tried for two steps."""
+
+from round_worker import RoundWorker
+
+from vllm_plugin import draft_choice
+
+__all__ = ["RoundWorker"]
+
+draft_choice.TRIAL_STEPS = draft_choice.TRIAL_ROWS = 2
+draft_choice.KEPT = 1

@@ -1,0 +1,110 @@
+"""As many drafts are made as bring most tokens a second, and that is found out again and again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_plugin.draft_choice import KEPT, PATIENCE, DraftChoice, Size, choices
+
+DRAFTS = 4
+
+
+class World:
+    """Steps of some sequences, one after another, which take as long as they are told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.choice = DraftChoice(DRAFTS, lambda: self.now)
+        self.made = DRAFTS  # drafts that the last step made
+
+    def step(self, sequences: int, seconds: dict[int, float], accepted: int, new: bool = False) -> int:
+        """One step; how much it drafted."""
+        verified, self.made = self.made, self.choice[sequences]
+        step = SimpleNamespace(
+            num_scheduled_tokens=dict.fromkeys(range(sequences)),
+            scheduled_new_reqs=["prompt"] if new else [],
+            num_spec_tokens_to_schedule=self.made,
+            total_num_scheduled_tokens=sequences * (verified + 1) + 7 * new,
+        )
+        self.choice.begin(step)
+        self.now += seconds[verified]
+        self.choice.end(step, sequences * (1 + min(accepted, verified)))
+        return self.made
+
+    def steps(self, count: int, sequences: int, seconds: dict[int, float], accepted: int) -> Counter:
+        """So many steps; how many of them drafted how much, as shares."""
+        made = Counter(self.step(sequences, seconds, accepted) for _ in range(count))
+        return Counter({drafts: n / count for drafts, n in made.items()})
+
+
+def test_choices():
+    assert [choices(n) for n in (1, 2, 3, 8)] == [[1, 0], [2, 1, 0], [3, 2, 0], [8, 4, 0]]
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 16, 200])
+def test_the_best_is_kept(sequences):
+    world, trial = World(), Size(sequences, DRAFTS).trial
+    seconds = {0: 1.0, 2: 1.3, 4: 2.5}
+    period = (KEPT + 1) * trial
+    kept = pytest.approx(KEPT / (KEPT + 1), abs=0.03)
+    world.steps(5 * trial, sequences, seconds, accepted=0)
+    assert world.steps(4 * period, sequences, seconds, accepted=0)[0] == kept
+    # the text becomes one that is guessed better and better
+    world.steps(4 * period, sequences, seconds, accepted=2)
+    assert world.steps(4 * period, sequences, seconds, accepted=2)[2] == kept
+    world.steps(4 * period, sequences, seconds | {4: 1.5}, accepted=4)
+    last = world.steps(4 * period, sequences, seconds | {4: 1.5}, accepted=4)
+    assert last[4] == kept and last[2] > 0 and last[0] > 0
+
+
+def test_sizes_of_batches_are_told_apart():
+    world = World()
+    for _ in range(300):
+        world.step(2, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4)
+        world.step(64, {0: 1.0, 2: 4.0, 4: 6.0}, accepted=2)
+        world.step(60, {0: 1.0, 2: 4.0, 4: 6.0}, accepted=2)
+    assert sorted(world.choice.sizes) == [2, 64]
+    assert world.choice.sizes[2].best == 4 and world.choice.sizes[64].best == 0
+
+
+def test_steps_that_read_prompts_do_not_count():
+    world = World()
+    for _ in range(100):
+        world.step(8, {0: 50.0, 2: 50.0, 4: 1.0}, accepted=0)
+        world.step(8, dict.fromkeys(choices(DRAFTS), 1000.0), accepted=0, new=True)
+    assert not world.choice.begun
+    assert world.choice.sizes[8].best == DRAFTS
+
+
+def test_what_prompts_leave_behind_is_not_charged():
+    """A step's draft round is paid by the next one."""
+    world = World()
+    for _ in range(100):
+        world.step(8, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4, new=True)
+        world.step(8, {0: 90.0, 2: 90.0, 4: 90.0}, accepted=4)
+        for _ in range(3):
+            world.step(8, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4)
+    assert world.choice.sizes[8].ways[DRAFTS].rate == pytest.approx(5)
+
+
+def test_a_trial_that_never_ends_is_given_up():
+    """Where every step reads a prompt, nothing can be measured: back to the best that is known."""
+    world = World()
+    size, seconds = Size(8, DRAFTS), dict.fromkeys(choices(DRAFTS), 1.0)
+    while world.choice.sizes.get(8, size).drafts == DRAFTS:
+        world.step(8, seconds, accepted=4)
+    made = [world.step(8, seconds, accepted=4, new=True) for _ in range((PATIENCE + 1) * size.trial)]
+    assert made[0] != DRAFTS and made[-1] == DRAFTS
+    # and is taken up again
+    assert min(world.step(8, seconds, accepted=4) for _ in range((KEPT + 4) * size.trial)) == 0
+
+
+def test_idle_time_is_no_step():
+    world = World()
+    for _ in range(60):
+        world.step(4, {0: 2.0, 2: 2.0, 4: 1.0}, accepted=1)
+        world.now += 100
+    assert world.choice.sizes[4].ways[DRAFTS].rate == pytest.approx(2)

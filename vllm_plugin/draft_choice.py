@@ -1,0 +1,161 @@
+"""How many tokens to draft, by what steps with more drafts, fewer and none have brought.
+
+A draft costs a step of the draft model and a row of the verify step; what it brings depends on the text, the batch and
+the machine. So all ways are run and timed: for each size of batch, up to the next power of two, some steps with all
+drafts, with half of them and with none. The way with most tokens a second of a sequence is kept for a while, then
+another is tried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = init_logger("vllm.mamba_hybrid")
+
+# steps of a trial: rows enough that the number of accepted drafts is known to some percent
+TRIAL_STEPS, TRIAL_ROWS = 8, 128
+KEPT = 16  # trials' steps for which the best way is kept
+PATIENCE = 8  # trials' steps that may pass uncounted before a trial is given up
+
+
+def choices(drafts: int) -> list[int]:
+    """The numbers of drafts to choose from.
+
+    Example:
+        >>> choices(4)
+        [4, 2, 0]
+    """
+    return sorted({drafts, (drafts + 1) // 2, 0}, reverse=True)
+
+
+@dataclass
+class Way:
+    """A sequence's tokens, and the seconds, of the last steps, older ones faded."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float, keep: float) -> None:
+        self.tokens = self.tokens * keep + tokens
+        self.seconds = self.seconds * keep + seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, 0 before the first step."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Size:
+    """What is known of a size of batch.
+
+    Args:
+        most: sequences of its largest batch.
+        drafts: tokens that are drafted at most.
+    """
+
+    def __init__(self, most: int, drafts: int) -> None:
+        self.most = most
+        self.ways = {n: Way() for n in choices(drafts)}
+        self.trial = max(TRIAL_STEPS, TRIAL_ROWS // most)
+        self.drafts = self.best = drafts
+        self.trying, self.left, self.turn, self.uncounted = True, self.trial, 0, 0
+
+    def add(self, drafts: int, tokens: float, seconds: float) -> None:
+        """A step of this size, with so many tokens of each sequence in the mean."""
+        self.ways[drafts].add(tokens, seconds, 1 - 1 / self.trial)
+        if drafts != self.drafts:  # was scheduled before the last decision
+            return
+        self.uncounted = 0
+        self.left -= 1
+        if self.left > 0:
+            return
+        if unknown := [n for n, way in self.ways.items() if not way.rate]:
+            self._try(unknown[0])
+        elif self.trying:
+            self._decide()
+        else:
+            others = [n for n in self.ways if n != self.best]
+            self.turn += 1
+            self._try(others[self.turn % len(others)])
+
+    def skip(self) -> None:
+        """A step of this size that tells nothing. Where nearly all are such, a trial would never end."""
+        self.uncounted += 1
+        if self.trying and self.uncounted > PATIENCE * self.trial:
+            if self.drafts != self.best:
+                self.ways[self.drafts] = Way()  # some steps of a trial are no measurement
+            self._keep()
+
+    def _try(self, drafts: int) -> None:
+        self.drafts, self.trying, self.left, self.uncounted = drafts, True, self.trial, 0
+        self.ways[drafts] = Way()
+
+    def _decide(self) -> None:
+        best = max(self.ways, key=lambda n: self.ways[n].rate)
+        if best != self.best:
+            rates = ", ".join(f"{way.rate:.1f} with {n} drafts" for n, way in self.ways.items())
+            logger.info("Up to %d sequences at once: tokens/s of each are %s; %d from now on.", self.most, rates, best)
+        self.best = best
+        self._keep()
+
+    def _keep(self) -> None:
+        self.drafts, self.trying, self.left = self.best, False, KEPT * self.trial
+
+
+class DraftChoice:
+    """Stands where vLLM's scheduler looks up how many tokens to draft, by the number of sequences.
+
+    Args:
+        drafts: tokens that are drafted at most.
+        clock: seconds.
+
+    Example:
+        >>> DraftChoice(4)[3]
+        4
+    """
+
+    def __init__(self, drafts: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.drafts, self.clock = drafts, clock
+        self.sizes: dict[int, Size] = {}
+        self.begun: dict[int, float] = {}  # of steps on their way
+        self.last = clock()
+        self.read = False  # whether the last step read a prompt
+
+    def _size(self, sequences: int) -> Size:
+        most = 1 << (sequences - 1).bit_length()
+        if most not in self.sizes:
+            self.sizes[most] = Size(most, self.drafts)
+        return self.sizes[most]
+
+    def __getitem__(self, sequences: int) -> int:
+        """Tokens to draft for each of so many sequences."""
+        return self._size(sequences).drafts
+
+    def begin(self, step: SchedulerOutput) -> None:
+        """A step has been scheduled."""
+        self.begun[id(step)] = self.clock()
+
+    def end(self, step: SchedulerOutput, tokens: int) -> None:
+        """Its tokens, of all sequences, are there. Counted are steps that verified as many drafts of each sequence as
+        they made, and read no prompt, nor did the step before: its draft round is paid by the next."""
+        now = self.clock()
+        # the step before may still have run when this one was scheduled
+        seconds = now - max(self.begun.pop(id(step)), self.last)
+        self.last = now
+        rows, drafts = len(step.num_scheduled_tokens), step.num_spec_tokens_to_schedule
+        if not rows:
+            return
+        read_before, scheduled = self.read, step.total_num_scheduled_tokens
+        self.read = bool(step.scheduled_new_reqs) or scheduled > rows * (self.drafts + 1)
+        if self.read or read_before or scheduled != rows * (drafts + 1):
+            self._size(rows).skip()
+        else:
+            self._size(rows).add(drafts, tokens / rows, seconds)
