@@ -3,13 +3,13 @@ speculation, one engine after another.
 
     python benchmarks/serving/decode.py --out decode.csv [--systems groups,groups-4,stock] [--batches 1,32,256]
                                         [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
-                                        [--metrics none] [--warm]
+                                        [--acceptance 0.75] [--metrics none] [--quantization fp8] [--warm]
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py; replay is stock with vLLM's ReplaySSM by
-FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens. A dummy model agrees with
-no one, so each draft is accepted with probability --acceptance by vLLM's synthetic rejection, whatever the tokens;
-target and drafter compute all they would. (Adaptive verification judges drafts by the draft model's logits, so that
-dummy ones cannot show what it brings.)
+FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens, with "-upK" as many as
+pay. A dummy model agrees with no one, so each draft is accepted with probability --acceptance by vLLM's synthetic
+rejection, whatever the tokens; target and drafter compute all they would. (Adaptive verification judges drafts by the
+draft model's logits, so that dummy ones cannot show what it brings.)
 
 The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. Where
 not all sequences fit into the memory, "running" says how many did. --warm only starts the engines, several at once, so
@@ -36,15 +36,19 @@ from shapes import write
 
 KINDS = ("llama", "stock", "replay", "heads", "groups")
 SYSTEMS = (*KINDS, "stock-4", "replay-4", "heads-4", "groups-4", "heads-8", "groups-8")
-COLUMNS = ("system", "gpus", "batch", "running", "context", "tokens_per_second", "metrics", "status", "blocks", "gpu")
-KEY = ("system", "gpus", "batch", "context", "metrics")
+COLUMNS = (
+    "system", "gpus", "batch", "running", "context", "tokens_per_second", "acceptance", "metrics", "weights", "status",
+    "blocks", "gpu",
+)  # fmt: skip
+KEY = ("system", "gpus", "batch", "context", "acceptance", "metrics", "weights")
 SETTLE = 8  # steps after the last prompt before the clock starts
+CHOOSE = 6  # seconds before it where the number of drafts is being chosen
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
 
 def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int = 1) -> dict:
     """vLLM's arguments for a system on so many GPUs."""
-    from vllm_plugin.limits import graph_sizes
+    from vllm_plugin.limits import CHOICE, graph_sizes
 
     name, _, drafts = system.partition("-")
     kind = "stock" if name == "replay" else name
@@ -55,12 +59,16 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
         "max_num_batched_tokens": 256 if args.tiny else 8192, "gpu_memory_utilization": args.memory,
         "mamba_ssm_cache_dtype": "float32", "disable_log_stats": args.metrics == "none", "enforce_eager": args.tiny,
     } | parallel(gpus)  # fmt: skip
+    if args.quantization:
+        engine["quantization"] = args.quantization
     if args.metrics == "vllm":
         engine["scheduler_cls"] = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     if name == "replay":
         engine |= {"use_replayssm": True, "mamba_backend": "flashinfer"}
     if drafts:
-        K = int(drafts)
+        K = int(drafts.removeprefix("up"))
+        if drafts.startswith("up"):
+            engine["additional_config"] = {"mamba_hybrid": CHOICE}
         # vLLM's Mamba-2 mixer cannot draft: its two-layer drafter is a Llama
         draft = write(folder, "llama" if kind == "stock" else kind, "draft", args.tiny)
         if kind in ("llama", "stock"):  # whole steps in CUDA graphs, as the plugin asks for ours
@@ -70,11 +78,21 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_rates": [args.acceptance ** (i + 1) for i in range(K)],
         }  # fmt: skip
+        if args.quantization:
+            engine["speculative_config"]["quantization"] = args.quantization
     return engine
 
 
-def rate(engine, batch: int, args: argparse.Namespace) -> tuple[int, float]:
-    """How many of so many sequences run at once, and their tokens a second."""
+def weights(args: argparse.Namespace) -> str:
+    return args.quantization or "bf16"
+
+
+def acceptance(system: str, args: argparse.Namespace) -> float | str:
+    return args.acceptance if "-" in system else ""
+
+
+def rate(engine, batch: int, args: argparse.Namespace, settle: float = 0) -> tuple[int, float]:
+    """How many of so many sequences run at once, and their tokens a second, after so many seconds."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -92,14 +110,22 @@ def rate(engine, batch: int, args: argparse.Namespace) -> tuple[int, float]:
         new = {out.request_id for out in engine.step() if out.outputs[0].token_ids} - started
         waited = 0 if new else waited + 1
         started |= new
+
+    def step() -> int:
+        """Tokens of a step."""
+        outs = engine.step()
+        if any(out.finished for out in outs):
+            raise RuntimeError(f"a sequence ended after {args.room} tokens; raise --room")
+        return sum(len(out.outputs[0].token_ids) for out in outs)
+
     for _ in range(SETTLE):
-        engine.step()
+        step()
+    settled = time.perf_counter() + settle
+    while time.perf_counter() < settled:
+        step()
     tokens, began = 0, time.perf_counter()
     while (took := time.perf_counter() - began) < args.seconds:
-        for out in engine.step():
-            if out.finished:
-                raise RuntimeError(f"a sequence ended after {args.room} tokens; raise --room")
-            tokens += len(out.outputs[0].token_ids)
+        tokens += step()
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
@@ -117,9 +143,10 @@ def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args, gpus)))
         cache = engine.vllm_config.cache_config
         for batch in () if args.warm else batches:
-            running, tokens = rate(engine, batch, args)
+            running, tokens = rate(engine, batch, args, CHOOSE if "-up" in system else 0)
             row = {"system": system, "gpus": gpus, "batch": batch, "running": running, "context": args.context}
-            row |= {"tokens_per_second": round(tokens, 1), "metrics": args.metrics}
+            row |= {"tokens_per_second": round(tokens, 1), "acceptance": acceptance(system, args)}
+            row |= {"metrics": args.metrics, "weights": weights(args)}
             row |= {"status": "ok", "blocks": cache.num_gpu_blocks, "gpu": current_platform.get_device_name()}
             print(json.dumps(row), flush=True)
 
@@ -147,6 +174,7 @@ def main() -> int:
     parser.add_argument("--acceptance", type=float, default=0.75)
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--metrics", choices=("none", "vllm", "all"), default="none", help="what is counted (none)")
+    parser.add_argument("--quantization", help="of target and drafter, as vLLM's, such as fp8")
     parser.add_argument("--warm", action="store_true", help="only start each engine")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, eager: a trial")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -177,7 +205,10 @@ def compare(args: argparse.Namespace, known: Path) -> int:
 
     measured = {tuple(str(row.get(key)) for key in KEY) for row in rows}
     for system, gpus in engines:
-        asked = {n: tuple(map(str, (system, gpus, n, args.context, args.metrics))) for n in args.batches}
+        asked = {
+            n: tuple(map(str, (system, gpus, n, args.context, acceptance(system, args), args.metrics, weights(args))))
+            for n in args.batches
+        }
         left = [n for n, key in asked.items() if key not in measured]
         if not left:
             continue
