@@ -22,7 +22,7 @@ logger = init_logger("vllm.mamba_hybrid")
 
 # steps of a trial: rows enough that the number of accepted drafts is known to some percent
 TRIAL_STEPS, TRIAL_ROWS = 8, 128
-KEPT = 16  # trials' steps for which the best way is kept
+KEPT, LONGEST = 8, 64  # trials' steps for which the best way is kept: at first, and after trials that change nothing
 PATIENCE = 8  # trials' steps that may pass uncounted before a trial is given up
 
 
@@ -66,7 +66,7 @@ class Size:
         self.ways = {n: Way() for n in choices(drafts)}
         self.trial = max(TRIAL_STEPS, TRIAL_ROWS // most)
         self.drafts = self.best = drafts
-        self.trying, self.left, self.turn, self.uncounted = True, self.trial, 0, 0
+        self.trying, self.left, self.turn, self.uncounted, self.kept = True, self.trial, 0, 0, KEPT
 
     def add(self, drafts: int, tokens: float, seconds: float) -> None:
         """A step of this size, with so many tokens of each sequence in the mean."""
@@ -75,14 +75,14 @@ class Size:
             return
         self.uncounted = 0
         self.left -= 1
-        if self.left > 0:
+        if self.trying:
+            if self.left <= 0:
+                self._conclude()
             return
-        if unknown := [n for n, way in self.ways.items() if not way.rate]:
-            self._try(unknown[0])
-        elif self.trying:
-            self._decide()
-        else:
-            others = [n for n in self.ways if n != self.best]
+        others = sorted((n for n in self.ways if n != self.best), key=lambda n: self.ways[n].rate)
+        if self.ways[others[-1]].rate > self.ways[self.best].rate:  # the best has become worse
+            self._try(others[-1])
+        elif self.left <= 0:
             self.turn += 1
             self._try(others[self.turn % len(others)])
 
@@ -98,16 +98,20 @@ class Size:
         self.drafts, self.trying, self.left, self.uncounted = drafts, True, self.trial, 0
         self.ways[drafts] = Way()
 
-    def _decide(self) -> None:
+    def _conclude(self) -> None:
+        if unknown := [n for n, way in self.ways.items() if not way.rate]:
+            self._try(unknown[0])
+            return
         best = max(self.ways, key=lambda n: self.ways[n].rate)
         if best != self.best:
             rates = ", ".join(f"{way.rate:.1f} with {n} drafts" for n, way in self.ways.items())
             logger.info("Up to %d sequences at once: tokens/s of each are %s; %d from now on.", self.most, rates, best)
+        self.kept = KEPT if best != self.best else min(2 * self.kept, LONGEST)
         self.best = best
         self._keep()
 
     def _keep(self) -> None:
-        self.drafts, self.trying, self.left = self.best, False, KEPT * self.trial
+        self.drafts, self.trying, self.left = self.best, False, self.kept * self.trial
 
 
 class DraftChoice:

@@ -7,4 +7,4 @@ from vllm_plugin import draft_choice
 __all__ = ["RoundWorker"]
 
 draft_choice.TRIAL_STEPS = draft_choice.TRIAL_ROWS = 2
-draft_choice.KEPT = 1
+draft_choice.KEPT = draft_choice.LONGEST = 1
