@@ -8,8 +8,6 @@ another is tried.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,12 +36,16 @@ def choices(drafts: int) -> list[int]:
 
 @dataclass
 class Way:
-    """A sequence's tokens, and the seconds, of the last steps, older ones faded."""
+    """The last steps, a sequence's tokens in them and their seconds, older ones faded."""
 
+    steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
 
     def add(self, tokens: float, seconds: float, keep: float) -> None:
+        if self.steps:  # a hiccup of the machine says nothing about drafts
+            seconds = min(seconds, 2 * self.seconds / self.steps)
+        self.steps = self.steps * keep + 1
         self.tokens = self.tokens * keep + tokens
         self.seconds = self.seconds * keep + seconds
 
@@ -119,18 +121,17 @@ class DraftChoice:
 
     Args:
         drafts: tokens that are drafted at most.
-        clock: seconds.
 
     Example:
         >>> DraftChoice(4)[3]
         4
     """
 
-    def __init__(self, drafts: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.drafts, self.clock = drafts, clock
+    def __init__(self, drafts: int) -> None:
+        self.drafts = drafts
         self.sizes: dict[int, Size] = {}
         self.begun: dict[int, float] = {}  # of steps on their way
-        self.last = clock()
+        self.last = 0.0  # when the last step had ended
         self.read = False  # whether the last step read a prompt
 
     def _size(self, sequences: int) -> Size:
@@ -143,14 +144,13 @@ class DraftChoice:
         """Tokens to draft for each of so many sequences."""
         return self._size(sequences).drafts
 
-    def begin(self, step: SchedulerOutput) -> None:
-        """A step has been scheduled."""
-        self.begun[id(step)] = self.clock()
+    def begin(self, step: SchedulerOutput, now: float) -> None:
+        """A step was scheduled, begun at that second."""
+        self.begun[id(step)] = now
 
-    def end(self, step: SchedulerOutput, tokens: int) -> None:
+    def end(self, step: SchedulerOutput, tokens: int, now: float) -> None:
         """Its tokens, of all sequences, are there. Counted are steps that verified as many drafts of each sequence as
         they made, and read no prompt, nor did the step before: its draft round is paid by the next."""
-        now = self.clock()
         # the step before may still have run when this one was scheduled
         seconds = now - max(self.begun.pop(id(step)), self.last)
         self.last = now
@@ -158,7 +158,8 @@ class DraftChoice:
         if not rows:
             return
         read_before, scheduled = self.read, step.total_num_scheduled_tokens
-        self.read = bool(step.scheduled_new_reqs) or scheduled > rows * (self.drafts + 1)
+        decoded = rows + sum(map(len, step.scheduled_spec_decode_tokens.values()))
+        self.read = bool(step.scheduled_new_reqs) or scheduled != decoded
         if self.read or read_before or scheduled != rows * (drafts + 1):
             self._size(rows).skip()
         else:

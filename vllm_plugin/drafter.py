@@ -25,7 +25,9 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator, prepare_prefill_inputs
 
-from .verify_graphs import capture_lengths
+from .draft_choice import choices
+from .limits import drafts_by_choice
+from .verify_graphs import capture_lengths, graph, numbers_of_sequences
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +45,8 @@ class Drafter(StandaloneARSpeculator):
         verifying: gives the target's graphs. vLLM has just made them when it asks for the drafter's.
     """
 
+    num_speculative_steps: int
+
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, verifying: Callable[[], CudaGraphManager | None]
     ) -> None:
@@ -53,9 +57,12 @@ class Drafter(StandaloneARSpeculator):
         self.last_hidden = torch.zeros(
             self.max_num_reqs, self.hidden_size, dtype=self.draft_model_config.dtype, device=device
         )
-        K, schedule = self.num_speculative_steps, self.speculative_config.num_speculative_tokens_per_batch_size
-        lookup = build_dynamic_sd_schedule_lookup(schedule, self.max_num_reqs, K)[1:] if schedule else []
-        self.numbers = sorted({K, *lookup})  # of drafts that a round may be asked for
+        numbers, schedule = [self.num_speculative_steps], self.speculative_config.num_speculative_tokens_per_batch_size
+        if drafts_by_choice(vllm_config):
+            numbers = choices(self.num_speculative_steps)
+        elif schedule is not None:
+            numbers = build_dynamic_sd_schedule_lookup(schedule, self.max_num_reqs, self.num_speculative_steps)[1:]
+        self.numbers = sorted(set(numbers))  # of drafts that a round may be asked for
         self.sizes: list[int] = []  # requests of graphs
         # two attributes, because vLLM drops the managers that it finds in a speculator's when it has profiled them
         self.reading: CudaGraphManager | None = None
@@ -66,14 +73,15 @@ class Drafter(StandaloneARSpeculator):
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         able = full and self.dp_size == 1 and self.supports_decode_metadata_update
         mode = CUDAGraphMode.FULL_DECODE_ONLY if able else CUDAGraphMode.NONE
-        room = len(self.expanded_input_ids)
         self.reading, self.drafting = (
             CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1) for _ in range(2)
         )
-        found = self.reading._capture_descs.get(CUDAGraphMode.FULL, [])
-        self.sizes = sorted(desc.num_reqs for desc in found if desc.num_reqs * self._read_lengths[-1] <= room)
-        for graphs, lengths in ((self.reading, self._read_lengths), (self.drafting, self._draft_lengths)):
-            descs = sorted((_graph(R, T) for R in self.sizes for T in lengths), key=lambda d: -d.num_tokens)
+        self.sizes = numbers_of_sequences(self.vllm_config.compilation_config, self.max_num_reqs) if able else []
+        room = len(self.expanded_input_ids)
+        read = [graph(R, T) for R in self.sizes for T in self._read_lengths if room >= R * T]
+        drafted = [graph(R, N) for R in self.sizes for N in self._draft_lengths]
+        for graphs, descs in ((self.reading, read), (self.drafting, drafted)):
+            descs.sort(key=lambda desc: -desc.num_tokens)
             graphs._capture_descs = {CUDAGraphMode.FULL: descs} if descs else {}
         verifying = self.verifying()
         if verifying is not None and len(self.numbers) > 1:
@@ -204,7 +212,7 @@ class Drafter(StandaloneARSpeculator):
         num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
     ) -> Tensor:  # fmt: skip
         """Drafts (R, K) for a batch that has just been verified, of which N are made; see vLLM's speculator."""
-        if not self.sizes or kwargs.get("dummy_run"):
+        if kwargs.get("dummy_run") or self.dp_size > 1:
             return super().propose(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
@@ -230,13 +238,17 @@ class Drafter(StandaloneARSpeculator):
         if N == 0:  # the draft model has seen all tokens, and may go on at any step
             return self.draft_tokens[:requests]
         draft = self._graph_of(self.drafting, requests, N, self._draft_lengths)
-        if draft is not None:
-            if read is None or read.num_reqs != draft.num_reqs:
+        if draft is None:
+            self._draft(0, self.last_hidden[:requests], self.input_buffers.positions[:requests], requests)
+            K, self.num_speculative_steps = self.num_speculative_steps, N
+            try:
+                self._multi_step_decode(input_batch, num_rejected, requests, False, None)
+            finally:
+                self.num_speculative_steps = K
+        else:
+            if read is None:
                 self._metadata_of_drafting(draft, requests)
             self.drafting.run_fullgraph(draft)
-        else:
-            self._draft(0, self.last_hidden[:requests], self.input_buffers.positions[:requests], requests)
-            self._multi_step_decode(input_batch, num_rejected, requests, False, None)
         return self.draft_tokens[:requests]
 
     def _graph_of(
@@ -246,9 +258,5 @@ class Drafter(StandaloneARSpeculator):
         size, fitting = bisect_left(self.sizes, requests), bisect_left(lengths, length)
         if size == len(self.sizes) or fitting == len(lengths):
             return None
-        desc = _graph(self.sizes[size], lengths[fitting])
+        desc = graph(self.sizes[size], lengths[fitting])
         return desc if desc in graphs.graphs else None
-
-
-def _graph(R: int, T: int) -> BatchExecutionDescriptor:
-    return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=R * T, num_reqs=R, uniform_token_count=T)

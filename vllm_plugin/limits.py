@@ -14,7 +14,6 @@ from vllm.platforms import current_platform
 
 from mamba_hybrid.config import ATTENTION, MIXER
 
-from .draft_choice import choices
 from .metrics import share_metrics
 
 if TYPE_CHECKING:
@@ -92,11 +91,10 @@ class Limits(VerifyAndUpdateConfig):
                 obstacle,
             )
             cache.enable_prefix_caching = False
-        by_choice = drafts_by_choice(vllm_config)
-        if by_choice:
-            _prepare_choice(vllm_config)
+        if drafts_by_choice(vllm_config):
+            _check_choice(vllm_config)
         if speculative is not None:
-            _capture_verify_steps(vllm_config, by_choice)
+            _capture_verify_steps(vllm_config)
         # vLLM asks once more for a hybrid that drafts, in the worker, where the scheduler is the target's
         is_draft = drafted and vllm_config.model_config is speculative.draft_model_config
         counted = _has_mixers(vllm_config.model_config) and not is_draft
@@ -118,50 +116,38 @@ def drafts_by_choice(vllm_config: VllmConfig) -> bool:
     return ours == CHOICE
 
 
-def _prepare_choice(vllm_config: VllmConfig) -> None:
-    """Let vLLM capture steps with all drafts, half and none. Raises ValueError where it cannot switch between them."""
-    speculative, limits = vllm_config.speculative_config, vllm_config.scheduler_config
+def _check_choice(vllm_config: VllmConfig) -> None:
+    """Raises ValueError where the number of drafts cannot change from step to step."""
+    speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config.scheduler_cls
     if speculative is None or not speculative.uses_draft_model():
         reasons = ["needs a draft model in --speculative-config"]
     else:
-        first, *others = choices(vllm_config.num_speculative_tokens)
-        # the scheduler looks elsewhere (`DraftChoice`); that all stand here is what vLLM captures by
-        rest = limits.max_num_seqs - len(others)
-        schedule = [(1, rest, first), *((rest + i, rest + i, n) for i, n in enumerate(others, 1))]
+        schedule = speculative.num_speculative_tokens_per_batch_size
         obstacles = {
             "needs Model Runner V2": not vllm_config.use_v2_model_runner,
-            f"needs --max-num-seqs {1 + len(others)} at least": rest < 1,
             "excludes --data-parallel-size": vllm_config.parallel_config.data_parallel_size > 1,
-            f"excludes --scheduler-cls {limits.scheduler_cls}": limits.scheduler_cls not in (None, SCHEDULER),
+            f"excludes --scheduler-cls {scheduler}": scheduler not in (None, SCHEDULER),
             "excludes enable_adaptive_verification": speculative.enable_adaptive_verification,
-            "excludes num_speculative_tokens_per_batch_size": speculative.num_speculative_tokens_per_batch_size
-            not in (None, schedule),
+            "excludes num_speculative_tokens_per_batch_size": schedule is not None,
         }
         reasons = [reason for reason, applies in obstacles.items() if applies]
     if reasons:
         raise ValueError(f"--additional-config {json.dumps({'mamba_hybrid': CHOICE})} {', '.join(reasons)}")
-    speculative.num_speculative_tokens_per_batch_size = schedule
 
 
-def _capture_verify_steps(vllm_config: VllmConfig, by_choice: bool) -> None:
+def _capture_verify_steps(vllm_config: VllmConfig) -> None:
     """CUDA graphs for them, where the sizes are not the user's, nor vLLM's own for a schedule of drafts or for few
     sequences."""
     graphs, limits = vllm_config.compilation_config, vllm_config.scheduler_config
     if graphs.cudagraph_capture_sizes is not None or graphs.max_cudagraph_capture_size is not None:
         return
-    if vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None and not by_choice:
+    if vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None:
         return
     if vllm_config.performance_mode == "interactivity":
         return
     most = 1024 if current_platform.is_cuda() and current_platform.is_device_capability_family(100) else 512
-    K = vllm_config.num_speculative_tokens
-    verified = [drafts + 1 for drafts in choices(K)] if by_choice else [vllm_config.uniform_decode_query_len]
-    graphs.cudagraph_capture_sizes = sorted(
-        {
-            size
-            for tokens in verified
-            for size in graph_sizes(limits.max_num_seqs, tokens, limits.max_num_batched_tokens, most)
-        }
+    graphs.cudagraph_capture_sizes = graph_sizes(
+        limits.max_num_seqs, vllm_config.uniform_decode_query_len, limits.max_num_batched_tokens, most
     )
 
 

@@ -6,6 +6,7 @@ which the device runs them, with asynchronous scheduling too.
 
 from __future__ import annotations
 
+import time
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +104,12 @@ class CountingScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM's. A worker in this process lengthens the lists of blocks that it is handed, so they are read now."""
+        began = time.perf_counter()
         scheduled = super().schedule(throttle_prefills)
         if self.state_metrics is not None and self.exact:
             self.begun[id(scheduled)] = self._begun(scheduled)
         if self.choice is not None:
-            self.choice.begin(scheduled)
+            self.choice.begin(scheduled, began)
         return scheduled
 
     def update_from_output(
@@ -117,7 +119,7 @@ class CountingScheduler(Scheduler):
         # now, because vLLM cuts what is behind a stop
         sampled = list(map(len, model_runner_output.sampled_token_ids))
         if self.choice is not None:
-            self.choice.end(scheduler_output, sum(sampled))
+            self.choice.end(scheduler_output, sum(sampled), time.perf_counter())
         if self.state_metrics is None:
             return super().update_from_output(scheduler_output, model_runner_output)
         if self.exact:

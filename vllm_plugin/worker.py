@@ -25,8 +25,8 @@ class HybridWorker(Worker):
             from .drafter import Drafter
 
             if runner.speculator is not None:
-                verifying = lambda: runner.cudagraph_manager  # noqa: E731
-                runner.speculator = self.drafter = Drafter(self.vllm_config, self.device, verifying)
+                self.drafter = Drafter(self.vllm_config, self.device, lambda: runner.cudagraph_manager)
+                runner.speculator = self.drafter
         return runner
 
     def compile_or_warm_up_model(self):

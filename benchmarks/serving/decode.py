@@ -35,6 +35,7 @@ from engines import environment, load, parallel, plugin, printed_rows, save
 from shapes import write
 
 KINDS = ("llama", "stock", "replay", "heads", "groups")
+OURS = ("heads", "groups")
 SYSTEMS = (*KINDS, "stock-4", "replay-4", "heads-4", "groups-4", "heads-8", "groups-8")
 COLUMNS = (
     "system", "gpus", "batch", "running", "context", "tokens_per_second", "acceptance", "metrics", "weights", "status",
@@ -186,6 +187,11 @@ def main() -> int:
     unknown = [s for s in args.systems if s.partition("-")[0] not in KINDS]
     if unknown:
         parser.error(f"unknown systems {unknown}; kinds are {KINDS}")
+    chosen = [s for s in args.systems if "-up" in s]
+    if not all(s.startswith(OURS) for s in chosen) or (chosen and args.metrics == "vllm"):
+        parser.error(
+            f"{', '.join(chosen)}: only {' and '.join(OURS)} draft as many as pay, and not with --metrics vllm"
+        )
     with tempfile.TemporaryDirectory() as folder:
         return compare(args, plugin(Path(folder)))
 

@@ -139,7 +139,14 @@ def test_tokens_are_those_of_generate(case, hybrids, expected, start_engine, tmp
         assert not wrong, f"{len(wrong)} of {PROMPTS} differ: {list(zip(wrong, first, strict=True))}; least gap {gap}"
     counters = result["counters"]
     if drafts is not None:
-        assert 0 < counters["spec_decode_num_accepted_tokens"] < counters["spec_decode_num_draft_tokens"]
+        accepted, drafted = (counters[f"spec_decode_num_{name}_tokens"] for name in ("accepted", "draft"))
+        assert 0 < accepted < drafted
+    if "up-to" in case:
+        rows = counters[
+            "spec_decode_num_drafts"
+        ]  # sequences in steps with drafts, of which each got one token and more
+        assert drafted < drafts[1] * rows
+        assert counters["generation_tokens"] > 2 * PROMPTS + rows + accepted  # the first come with the prompts
     if "preempted" in case:
         assert counters["num_preemptions"] > 0
     if "cached" in case:

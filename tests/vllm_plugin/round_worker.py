@@ -34,9 +34,10 @@ class EagerDrafter(Drafter):
 
     rounds = ragged = 0
     requests = 0
+    padded = PADDED
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        self.sizes = list(range(PADDED, self.max_num_reqs + PADDED, PADDED))
+        self.sizes = list(range(self.padded, self.max_num_reqs + self.padded, self.padded)) if self.padded else []
         self.reading = Rounds(self._run_reading)  # type: ignore[assignment]
         self.drafting = Rounds(self._run_drafting)  # type: ignore[assignment]
 
@@ -49,12 +50,21 @@ class EagerDrafter(Drafter):
 
     def _run_drafting(self, desc: BatchExecutionDescriptor) -> None:
         R, N = desc.num_reqs, desc.uniform_token_count
-        self._draft_all(R, N, self.single(R))
+        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
+        kept = [(builder.slot_R, builder.slot_R.clone()) for builder in builders if hasattr(builder, "slot_R")]
+        single = self.single(R)
+        for slot_R, before in kept:  # a graph finds in its buffers what was built before it, and does not build
+            slot_R.copy_(before)
+        self._draft_all(R, N, single)
         self.rounds += 1
         print(
             f"round {self.rounds}: {N} drafts of {self.requests} requests, {R} with padding, "
             f"{self.ragged} ragged so far", flush=True,
         )  # fmt: skip
+
+    def _multi_step_decode(self, *args):
+        print(f"round: {self.num_speculative_steps} drafts of {self.requests} requests without a graph", flush=True)
+        super()._multi_step_decode(*args)
 
     def capture(self) -> None:
         """Nothing to capture."""
@@ -96,3 +106,11 @@ class RoundWorker(CPUWorker):
     def compile_or_warm_up_model(self):
         self.model_runner.speculator.warm_up()
         return super().compile_or_warm_up_model()
+
+
+class WithoutGraphs(RoundWorker):
+    """The worker where no graph was captured."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.model_runner.speculator.padded = 0

@@ -17,21 +17,22 @@ class World:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.choice = DraftChoice(DRAFTS, lambda: self.now)
+        self.choice = DraftChoice(DRAFTS)
         self.made = DRAFTS  # drafts that the last step made
 
-    def step(self, sequences: int, seconds: dict[int, float], accepted: int, new: bool = False) -> int:
-        """One step; how much it drafted."""
+    def step(self, sequences: int, seconds: dict[int, float], accepted: int, new: bool = False, chunk: int = 0) -> int:
+        """One step, in which a new prompt may have been read, or a chunk of one; how much it drafted."""
         verified, self.made = self.made, self.choice[sequences]
         step = SimpleNamespace(
             num_scheduled_tokens=dict.fromkeys(range(sequences)),
             scheduled_new_reqs=["prompt"] if new else [],
             num_spec_tokens_to_schedule=self.made,
-            total_num_scheduled_tokens=sequences * (verified + 1) + 7 * new,
+            scheduled_spec_decode_tokens={i: [-1] * verified for i in range(sequences) if verified},
+            total_num_scheduled_tokens=sequences * (verified + 1) + 7 * new + chunk,
         )
-        self.choice.begin(step)
+        self.choice.begin(step, self.now)
         self.now += seconds[verified]
-        self.choice.end(step, sequences * (1 + min(accepted, verified)))
+        self.choice.end(step, sequences * (1 + min(accepted, verified)), self.now)
         return self.made
 
     def steps(self, count: int, sequences: int, seconds: dict[int, float], accepted: int) -> Counter:
@@ -82,11 +83,12 @@ def test_steps_that_read_prompts_do_not_count():
     assert world.choice.sizes[8].best == DRAFTS
 
 
-def test_what_prompts_leave_behind_is_not_charged():
+@pytest.mark.parametrize("prompt", [{"new": True}, {"chunk": 3}])
+def test_what_prompts_leave_behind_is_not_charged(prompt):
     """A step's draft round is paid by the next one."""
     world = World()
     for _ in range(100):
-        world.step(8, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4, new=True)
+        world.step(8, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4, **prompt)
         world.step(8, {0: 90.0, 2: 90.0, 4: 90.0}, accepted=4)
         for _ in range(3):
             world.step(8, {0: 1.0, 2: 1.0, 4: 1.0}, accepted=4)
@@ -111,3 +113,12 @@ def test_idle_time_is_no_step():
         world.step(4, {0: 2.0, 2: 2.0, 4: 1.0}, accepted=1)
         world.now += 100
     assert world.choice.sizes[4].ways[DRAFTS].rate == pytest.approx(2)
+
+
+def test_a_hiccup_changes_nothing():
+    world, seconds = World(), {0: 1.0, 2: 1.25, 4: 1.5}
+    world.steps(200, 64, seconds, accepted=4)
+    made = Counter()
+    for i in range(4000):
+        made[world.step(64, {n: s * (10 if i % 150 == 0 else 1) for n, s in seconds.items()}, accepted=4)] += 1
+    assert made[4] > 0.9 * 4000

@@ -131,8 +131,8 @@ def accepted_by_protocol(draft, prompt: list[int], answer: list[int], new: int, 
 
 
 def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
-    """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2: prompts and ragged
-    rounds by vLLM's drafter, the others as the rounds that `Drafter` puts into a graph on a GPU."""
+    """A draft with mixers of its own, whose slots nothing in vLLM rolls back, on Model Runner V2: prompts are read
+    as they come, the rest of the rounds are those that `Drafter` puts into graphs on a GPU."""
     asked = prompts([1, 17, 64, 65, 130], seed=5)
     asked, answers = expected("shared", asked)
     draft = write_noisy(tmp_path / "draft", hybrids["shared"], 0.03)
@@ -160,7 +160,8 @@ def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
     assert int(result["log"].rsplit(" ragged so far", 1)[0].rsplit(" ", 1)[1]) > 0
 
 
-def test_drafts_when_they_pay(hybrids, expected, generate, environment, tmp_path):
+@pytest.mark.parametrize("worker", ["RoundWorker", "WithoutGraphs"])
+def test_drafts_when_they_pay(hybrids, expected, generate, environment, tmp_path, worker):
     """Steps with all drafts, with half, without, and again: the draft model has seen every token in between. A guess
     right after a step without drafts is as good as others: the target as its own draft is always right."""
     asked, answers = expected("shared", prompts([3, 17, 65], seed=5))
@@ -172,7 +173,7 @@ def test_drafts_when_they_pay(hybrids, expected, generate, environment, tmp_path
             "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}",
         },
         new=24,
-        worker_cls="quick_choice.RoundWorker",
+        worker_cls=f"quick_choice.{worker}",
         additional_config={"mamba_hybrid": {"drafts": "when they pay"}},
         max_num_batched_tokens=256,
         speculative_config={"method": "draft_model", "model": str(hybrids["shared"]), "num_speculative_tokens": 2},

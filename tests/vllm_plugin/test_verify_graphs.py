@@ -13,13 +13,12 @@ DRAFTS = 4
 LENGTHS = [n + 1 for n in choices(DRAFTS)]
 
 
-def manager(seqs: int, mode: str = "FULL_AND_PIECEWISE"):
+def manager(seqs: int, mode: str = "FULL_AND_PIECEWISE", sizes: list[int] | None = None, schedule=None):
     """vLLM's manager of a target's graphs, as it is before the capture."""
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    sizes = sorted({size for T in LENGTHS for size in graph_sizes(seqs, T, 8192)})
-    schedule = [(1, seqs - 2, 4), (seqs - 1, seqs - 1, 2), (seqs, seqs, 0)]
+    sizes = sizes or graph_sizes(seqs, DRAFTS + 1, 8192)
     made = object.__new__(CudaGraphManager)
     made.__dict__ |= {
         "compilation_config": SimpleNamespace(
@@ -28,7 +27,8 @@ def manager(seqs: int, mode: str = "FULL_AND_PIECEWISE"):
         "vllm_config": SimpleNamespace(
             num_speculative_tokens=DRAFTS,
             speculative_config=SimpleNamespace(
-                uses_dynamic_speculative_decoding=lambda: True, num_speculative_tokens_per_batch_size=schedule
+                uses_dynamic_speculative_decoding=lambda: schedule is not None,
+                num_speculative_tokens_per_batch_size=schedule,
             ),
             cache_config=SimpleNamespace(use_kda_recoverssm=False),
         ),
@@ -40,18 +40,27 @@ def manager(seqs: int, mode: str = "FULL_AND_PIECEWISE"):
     return made
 
 
-@pytest.mark.parametrize("seqs", [3, 40, 256])
-def test_each_length_has_its_graphs(seqs):
+@pytest.mark.parametrize(
+    ("seqs", "given"),
+    [
+        (1, {}),
+        (3, {}),
+        (40, {}),
+        (256, {}),
+        (16, {"sizes": [5, 10, 20, 40, 80]}),
+        (60, {"sizes": [1, 2, 4, 8, 60, 120, 150, 180, 300], "schedule": [(1, 30, 4), (31, 50, 2), (51, 60, 0)]}),
+    ],
+)
+def test_each_length_has_its_graphs(seqs, given):
     from vllm.config.compilation import CUDAGraphMode
 
     from vllm_plugin.verify_graphs import capture_lengths
 
-    graphs = manager(seqs)
-    before = sum(map(len, graphs._capture_descs.values()))
+    graphs = manager(seqs, **given)
     mixed = graphs._capture_descs[CUDAGraphMode.PIECEWISE]
     capture_lengths(graphs, LENGTHS)
     captured = graphs._capture_descs[CUDAGraphMode.FULL]
-    assert len(captured) == len(set(captured)) < before
+    assert len(captured) == len(set(captured)) <= len(LENGTHS) * len(mixed)
     assert captured == sorted(captured, key=lambda desc: -desc.num_tokens)
     assert graphs._capture_descs[CUDAGraphMode.PIECEWISE] == mixed
     for T in LENGTHS:
@@ -60,8 +69,8 @@ def test_each_length_has_its_graphs(seqs):
             assert found.cg_mode == CUDAGraphMode.FULL and found in captured
             fitting = [d for d in captured if d.uniform_token_count == T and d.num_reqs >= R]
             assert found == min(fitting, key=lambda d: d.num_tokens)
-    # steps that read prompts go layer by layer as before
-    assert graphs.dispatch(2, 9, None, 0).cg_mode == CUDAGraphMode.PIECEWISE
+    if seqs > 1:  # steps that read prompts go layer by layer as before
+        assert graphs.dispatch(2, 9, None, 0).cg_mode == CUDAGraphMode.PIECEWISE
 
 
 @pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL"])
