@@ -8,7 +8,8 @@ another is tried.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -34,25 +35,24 @@ def choices(drafts: int) -> list[int]:
     return sorted({drafts, (drafts + 1) // 2, 0}, reverse=True)
 
 
-@dataclass
 class Way:
-    """The last steps, a sequence's tokens in them and their seconds, older ones faded."""
+    """What the last steps brought.
 
-    steps: float = 0.0
-    tokens: float = 0.0
-    seconds: float = 0.0
+    Args:
+        steps: how many.
+    """
 
-    def add(self, tokens: float, seconds: float, keep: float) -> None:
-        if self.steps:  # a hiccup of the machine says nothing about drafts
-            seconds = min(seconds, 2 * self.seconds / self.steps)
-        self.steps = self.steps * keep + 1
-        self.tokens = self.tokens * keep + tokens
-        self.seconds = self.seconds * keep + seconds
+    def __init__(self, steps: int) -> None:
+        self.tokens: deque[float] = deque(maxlen=steps)
+        self.seconds: deque[float] = deque(maxlen=steps)
+        self.rate = 0.0  # a sequence's tokens a second, 0 before the first step
 
-    @property
-    def rate(self) -> float:
-        """Tokens a second, 0 before the first step."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def add(self, tokens: float, seconds: float) -> None:
+        """A step, with so many tokens of each sequence in the mean."""
+        self.tokens.append(tokens)
+        self.seconds.append(seconds)
+        # the median, since a hiccup of the machine says nothing about drafts
+        self.rate = fmean(self.tokens) / median(self.seconds)
 
 
 class Size:
@@ -65,14 +65,14 @@ class Size:
 
     def __init__(self, most: int, drafts: int) -> None:
         self.most = most
-        self.ways = {n: Way() for n in choices(drafts)}
         self.trial = max(TRIAL_STEPS, TRIAL_ROWS // most)
+        self.ways = {n: Way(self.trial) for n in choices(drafts)}
         self.drafts = self.best = drafts
         self.trying, self.left, self.turn, self.uncounted, self.kept = True, self.trial, 0, 0, KEPT
 
     def add(self, drafts: int, tokens: float, seconds: float) -> None:
         """A step of this size, with so many tokens of each sequence in the mean."""
-        self.ways[drafts].add(tokens, seconds, 1 - 1 / self.trial)
+        self.ways[drafts].add(tokens, seconds)
         if drafts != self.drafts:  # was scheduled before the last decision
             return
         self.uncounted = 0
@@ -93,12 +93,12 @@ class Size:
         self.uncounted += 1
         if self.trying and self.uncounted > PATIENCE * self.trial:
             if self.drafts != self.best:
-                self.ways[self.drafts] = Way()  # some steps of a trial are no measurement
+                self.ways[self.drafts] = Way(self.trial)  # some steps of a trial are no measurement
             self._keep()
 
     def _try(self, drafts: int) -> None:
         self.drafts, self.trying, self.left, self.uncounted = drafts, True, self.trial, 0
-        self.ways[drafts] = Way()
+        self.ways[drafts] = Way(self.trial)
 
     def _conclude(self) -> None:
         if unknown := [n for n, way in self.ways.items() if not way.rate]:
