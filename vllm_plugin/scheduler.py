@@ -1,4 +1,4 @@
-"""vLLM's scheduler, which also counts what its steps do to the states and, where asked to, chooses whether to draft.
+"""vLLM's scheduler, which also counts what its steps do to the states and, where asked to, chooses how much to draft.
 
 The scheduler is the one place where a step's rows and what was accepted of them are known on the host, in the order in
 which the device runs them, with asynchronous scheduling too.
