@@ -48,7 +48,7 @@ FULL = 40  # steps in which no sequence starts, after which the rest is taken no
 
 
 def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int = 1) -> dict:
-    """vLLM's arguments for a system on so many GPUs."""
+    """vLLM's arguments for a system on so many GPUs; `args` are those of `options`."""
     from vllm_plugin.limits import CHOICE, graph_sizes
 
     name, _, drafts = system.partition("-")
@@ -159,7 +159,8 @@ def run(system: str, gpus: int, batches: list[int], known: Path) -> subprocess.P
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
 
 
-def main() -> int:
+def options() -> argparse.ArgumentParser:
+    """What the command takes; `arguments_of` reads it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
@@ -179,6 +180,11 @@ def main() -> int:
     parser.add_argument("--warm", action="store_true", help="only start each engine")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, eager: a trial")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    parser = options()
     args = parser.parse_args()
     if args.one:
         system, gpus, batches = args.one.split()

@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from decode import arguments_of
+from decode import arguments_of, options
 from engines import environment, plugin, printed_rows, save
 from shapes import write
 
@@ -76,7 +77,8 @@ def measure(system: str, caching: bool, args: argparse.Namespace) -> None:
             print(json.dumps(row | {"gpu": current_platform.get_device_name()}), flush=True)
 
 
-def main() -> int:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's arguments, and decode.py's for its engines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", type=lambda text: text.split(","), default=["groups", "groups-4"])
     parser.add_argument("--conversations", type=int, default=16)
@@ -87,9 +89,14 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, eager: a trial")
     parser.add_argument("--out", type=Path, help="CSV to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.batches, args.acceptance, args.metrics = [args.conversations], 0.75, "all"
+    args = argparse.Namespace(**vars(options().parse_args([])) | vars(parser.parse_args(argv)))
+    args.batches, args.metrics = [args.conversations], "all"
     args.context, args.room = args.turns * (args.question + args.answer), args.question + args.answer
+    return args
+
+
+def main() -> int:
+    args = arguments()
     if args.one:
         system, caching = args.one.split()
         measure(system, caching == "on", args)
