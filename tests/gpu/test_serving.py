@@ -142,9 +142,8 @@ def test_tokens_are_those_of_generate(case, hybrids, expected, start_engine, tmp
         accepted, drafted = (counters[f"spec_decode_num_{name}_tokens"] for name in ("accepted", "draft"))
         assert 0 < accepted < drafted
     if "up-to" in case:
-        rows = counters[
-            "spec_decode_num_drafts"
-        ]  # sequences in steps with drafts, of which each got one token and more
+        # sequences in steps with drafts, of which each got one token and more
+        rows = counters["spec_decode_num_drafts"]
         assert drafted < drafts[1] * rows
         assert counters["generation_tokens"] > 2 * PROMPTS + rows + accepted  # the first come with the prompts
     if "preempted" in case:

@@ -119,6 +119,11 @@ def test_ngram(expected, generate):
     speculated(result)
 
 
+def interpreted(environment: dict[str, str]) -> dict[str, str]:
+    """For Model Runner V2 on a CPU: its Triton kernels in the interpreter."""
+    return {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}"}
+
+
 def accepted_by_protocol(draft, prompt: list[int], answer: list[int], new: int, drafts: int) -> int:
     """Drafts that are accepted when each round the draft model sees exactly the tokens that stand by then."""
     accepted, n = 0, 1  # the prompt's own step gives the first token
@@ -139,10 +144,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
     result = generate(
         "shared",
         asked,
-        {
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}",
-        },
+        interpreted(environment),
         new=14,
         worker_cls="round_worker.RoundWorker",
         max_num_batched_tokens=256,
@@ -168,10 +170,7 @@ def test_drafts_when_they_pay(hybrids, expected, generate, environment, tmp_path
     result = generate(
         "shared",
         asked,
-        {
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}",
-        },
+        interpreted(environment),
         new=24,
         worker_cls=f"quick_choice.{worker}",
         additional_config={"mamba_hybrid": {"drafts": "when they pay"}},
@@ -226,7 +225,7 @@ def test_prefix_caching_with_drafts(expected, generate, environment, tmp_path):
     result = generate(
         "shared",
         asked,
-        {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE / 'interpreted_triton'}:{environment['PYTHONPATH']}"},
+        interpreted(environment),
         new=9,
         enable_prefix_caching=True,
         max_num_batched_tokens=300,
