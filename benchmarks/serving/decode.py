@@ -65,13 +65,13 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
     if args.metrics == "vllm":
         engine["scheduler_cls"] = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     if name == "replay":
-        engine |= {"use_replayssm": True, "mamba_backend": "flashinfer"}
+        # where vLLM tunes it, copies of states take what memory is left and more
+        engine |= {"use_replayssm": True, "mamba_backend": "flashinfer", "enable_flashinfer_autotune": False}
     if drafts:
         K = int(drafts.removeprefix("up"))
         if drafts.startswith("up"):
             engine["additional_config"] = {"mamba_hybrid": CHOICE}
-        # vLLM's Mamba-2 mixer cannot draft: its two-layer drafter is a Llama
-        draft = write(folder, "llama" if kind == "stock" else kind, "draft", args.tiny)
+        draft = write(folder, kind, "draft", args.tiny)
         if kind in ("llama", "stock"):  # whole steps in CUDA graphs, as the plugin asks for ours
             engine["cudagraph_capture_sizes"] = graph_sizes(max(args.batches), K + 1, engine["max_num_batched_tokens"])
         engine["speculative_config"] = {

@@ -33,7 +33,7 @@ def write(folder: Path, kind: str, role: str, tiny: bool) -> Path:
     Args:
         folder: where to make it.
         kind: "llama"; "heads" or "groups", a hybrid with every other layer a mixer and a state per query head or per KV
-            head; "stock", the same with vLLM's Mamba-2 mixer in its place.
+            head; "stock", the same with vLLM's Mamba-2 mixer in its place, which cannot draft: its "draft" is a Llama.
         role: "target" or "draft", which has two layers.
         tiny: shapes for a trial on a CPU.
     """
@@ -42,6 +42,8 @@ def write(folder: Path, kind: str, role: str, tiny: bool) -> Path:
     config["num_hidden_layers"] = layers
     if kind == "llama":
         config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    elif kind == "stock" and role == "draft":
+        config |= {"model_type": "llama", "architectures": ["StockDraft"]}
     else:
         config |= {
             "model_type": "mamba_hybrid",

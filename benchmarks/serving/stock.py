@@ -87,8 +87,15 @@ class StockHybrid(LlamaForCausalLM, HasInnerState, IsHybrid):
         return MambaStateCopyFuncCalculator.mamba2_state_copy_func()
 
 
+class StockDraft(LlamaForCausalLM):
+    """The Llama that drafts for it. vLLM asks a drafter too whether it knows ReplaySSM; one without states need not."""
+
+    supports_replayssm = True
+
+
 def register() -> None:
     """vLLM calls this in each of its processes."""
     from vllm.model_executor.models import ModelRegistry
 
-    ModelRegistry.register_model("StockHybrid", "stock:StockHybrid")
+    for name in ("StockHybrid", "StockDraft"):
+        ModelRegistry.register_model(name, f"stock:{name}")
