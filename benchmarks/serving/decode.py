@@ -3,7 +3,7 @@ speculation, one engine after another.
 
     python benchmarks/serving/decode.py --out decode.csv [--systems groups,groups-4,stock] [--batches 1,32,256]
                                         [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
-                                        [--acceptance 0.75] [--metrics none] [--quantization fp8] [--warm]
+                                        [--acceptance 0.75] [--settle 6] [--metrics none] [--quantization fp8] [--warm]
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py; replay is stock with vLLM's ReplaySSM by
 FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens, with "-upK" as many as
@@ -43,7 +43,6 @@ COLUMNS = (
 )  # fmt: skip
 KEY = ("system", "gpus", "batch", "context", "acceptance", "metrics", "weights")
 SETTLE = 8  # steps after the last prompt before the clock starts
-CHOOSE = 6  # seconds before it where the number of drafts is being chosen
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
 
@@ -144,7 +143,7 @@ def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args, gpus)))
         cache = engine.vllm_config.cache_config
         for batch in () if args.warm else batches:
-            running, tokens = rate(engine, batch, args, CHOOSE if "-up" in system else 0)
+            running, tokens = rate(engine, batch, args, args.settle if "-up" in system else 0)
             row = {"system": system, "gpus": gpus, "batch": batch, "running": running, "context": args.context}
             row |= {"tokens_per_second": round(tokens, 1), "acceptance": acceptance(system, args)}
             row |= {"metrics": args.metrics, "weights": weights(args)}
@@ -173,6 +172,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--room", type=int, default=2048, help="tokens that a sequence may get")
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--settle", type=float, default=6, help="seconds before those in which -upK chooses")
     parser.add_argument("--acceptance", type=float, default=0.75)
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--metrics", choices=("none", "vllm", "all"), default="none", help="what is counted (none)")
