@@ -64,7 +64,7 @@ def arguments_of(system: str, folder: Path, args: argparse.Namespace, gpus: int 
     if args.metrics == "vllm":
         engine["scheduler_cls"] = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     if name == "replay":
-        # where vLLM tunes it, copies of states take what memory is left and more
+        # while vLLM tunes it, the GPU's memory does not suffice (BENCHMARKS.md)
         engine |= {"use_replayssm": True, "mamba_backend": "flashinfer", "enable_flashinfer_autotune": False}
     if drafts:
         K = int(drafts.removeprefix("up"))

@@ -9,7 +9,7 @@ from pathlib import Path
 SERVING = Path(__file__).parents[2] / "benchmarks" / "serving"
 # in a process of its own, because the stock model is registered under a module's name
 CHECK = """
-import sys, tempfile
+import tempfile
 from pathlib import Path
 from vllm import EngineArgs
 from vllm.config.utils import replace
