@@ -125,7 +125,7 @@ def _verify(slots, layout, slot_R, start_R, valid_RT, x_RTGP, dt_RTS, A_S, B_RTG
     R, T, G, P = x_RTGP.shape
     S, H, N = dt_RTS.shape[2], C_RTHN.shape[2], B_RTGN.shape[3]
     W, w, device = layout.ring, layout.window, x_RTGP.device
-    c_R = torch.where(start_R == 0, 0, slots.position[slot_R, 0, 0].long())
+    c_R = layout.checkpoint(slots.position[slot_R, 0, 0].long(), start_R)
     past_RW = start_R[:, None] + torch.arange(-W, 0, device=device)
     live_RW = past_RW >= c_R[:, None]
     at = (slot_R[:, None], past_RW % W)
@@ -189,7 +189,7 @@ def _prefill(slots, layout, slot, start, x_TGP, dt_TS, A_S, B_TGN, C_THN, D_H):
     T, H, N = C_THN.shape
     W, w, device = layout.ring, layout.window, x_TGP.device
     end = start + T
-    c = 0 if start == 0 else int(slots.position[slot, 0, 0])
+    c = int(layout.checkpoint(slots.position[slot, 0, 0], torch.tensor(start)))
     lo = min(c, max(start - w + 1, 0)) if w else c
     past = torch.arange(lo, start, device=device) % W
     x = torch.cat([slots.x[slot, past], x_TGP.to(slots.x.dtype)])

@@ -12,6 +12,10 @@ position after a step's last token:
 - it is written (flush) only when end + step - c would exceed the ring, then up to exactly that position;
 - so a verify step finds every row it reads, and the rows it writes never collide with them.
 
+They keep c in [start + step - ring, start - window] for the first position `start` of every step, or at 0. What a slot
+of another history holds is taken as the nearest of those: an engine that measures itself runs steps at positions that
+its slots have never come to, and such a step must not walk, or write, past what is set aside for it.
+
 `ring >= window + rewind + step` is what the rules need; what is above that (`slack`) makes flushes rare.
 
 c is kept once for each tile of 16 state rows, all copies equal: a program of a kernel reads and writes the copies of
@@ -74,6 +78,10 @@ class SlotLayout:
     def tiles(self) -> int:
         """Tiles of 16 rows that a state is cut into, each with its own copy of the checkpoint position."""
         return -(-self.head_dim // 16)
+
+    def checkpoint(self, held_R: torch.Tensor, start_R: torch.Tensor) -> torch.Tensor:
+        """c of rows that begin at `start`, from what their slots hold; integers of any one shape."""
+        return held_R.maximum(start_R + self.step - self.ring).minimum(start_R - self.window).clamp(min=0)
 
     @property
     def conv_ring(self) -> int:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checkpoint import checkpoint
 from .launch import precision
 from .prefix import prefix_sum
 
@@ -69,7 +70,8 @@ def _row_span(
     T = (tl.load(first_ptr + row + 1) - m0).to(tl.int32)
     T = tl.where(slot < 0, 0, T)
     end = start + T
-    c = tl.load(position_ptr + slot * position_stride, mask=(T > 0) & (start > 0), other=0)
+    c = tl.load(position_ptr + slot * position_stride, mask=T > 0, other=0)
+    c = checkpoint(c, start, W, WINDOW, STEP)
     to = tl.where((end + STEP - c > W) & (T > 0), end - REWIND - WINDOW, c)
     return slot, m0, start, end, c, to
 

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checkpoint import checkpoint
 from .launch import case_of, precision, tuned
 from .slot import SlotLayout, SlotTensors
 
@@ -133,7 +134,7 @@ def _verify(
         x_WP = tl.load(x_ptr_W[:, None] + p_P[None, :], mask=live_W[:, None] & in_P[None, :], other=0)
 
     # far rows: from the ring below `start`, with a window shorter than the step from the new rows too
-    c = tl.where(start == 0, 0, c)
+    c = checkpoint(c, start, W, WINDOW, STEP)
     j_J = tl.arange(0, BLOCK_J)
     at_J = end - W + j_J
     live_J = (at_J >= c) & (at_J < end - WINDOW)

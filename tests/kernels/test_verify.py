@@ -2,6 +2,7 @@
 drafts, rewinds, recycled slots, padding rows, poisoned memory. In Triton's interpreter on a CPU."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,34 @@ def test_replay_launches_verify_for_short_rows_and_prefill_for_long_ones():
         starts = [start + T for start, T in zip(starts, lengths, strict=True)]
     with pytest.raises(ValueError, match="nonsense"):
         replay(slots, layout, rows, *parts, backend="nonsense")
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("held", [0, -(2**31), 2**31 - 1, 4000])
+def test_a_slot_of_another_history_is_taken_as_the_nearest_that_a_step_may_find(drafts, held):
+    """Its rows are wrong then, but a step stays within what is set aside for it."""
+    torch.manual_seed(0)
+    layout = layout_of(2, 2, 1, 32, 32, 16, drafts, 0)
+    slots = SlotTensors(**{name: torch.rand(3, *shape).to(dtype) for name, (shape, dtype) in layout.fields().items()})
+    slots.position.fill_(held)
+    starts, lengths = [4392, 4400, 9], [40, 1, 20]
+    M = sum(lengths)
+    parts = to(DEVICE, torch.randn(M, 2, 32), torch.rand(M, 4), -torch.rand(4), torch.randn(M, 2, 32))
+    parts += to(DEVICE, torch.randn(M, 4, 32), torch.randn(4))
+    rows = StepRows.of([2, 0, 1], starts, lengths, DEVICE)
+    nearest = replace(slots, position=slots.position.clone())
+    for slot, start in zip([2, 0, 1], starts, strict=True):
+        nearest.position[slot] = min(max(held, start + layout.step - layout.ring, 0), max(start - 16, 0))
+    results = []
+    for given, backend in ((slots, "triton"), (slots, "reference"), (nearest, "reference")):
+        given = SlotTensors(**{name: t.clone() for name, t in vars(move(given, DEVICE)).items() if t is not None})
+        results.append((given, *replay(given, layout, rows, *parts, backend=backend)))
+    for got, *outputs in results[:2]:
+        for g, e in zip(outputs, results[2][1:], strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+        for name, t in vars(results[2][0]).items():
+            if t is not None:
+                torch.testing.assert_close(vars(got)[name], t, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_what_it_cannot_serve_is_one_clear_error():
