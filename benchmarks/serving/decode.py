@@ -3,7 +3,7 @@ speculation, one engine after another.
 
     python benchmarks/serving/decode.py --out decode.csv [--systems groups,groups-4,stock] [--batches 1,32,256]
                                         [--tensor-parallel-size 1,2] [--context 2048] [--seconds 2] [--memory 0.9]
-                                        [--acceptance 0.75] [--settle 6] [--metrics none] [--quantization fp8] [--warm]
+                                        [--acceptance 0.75] [--settle 0] [--metrics none] [--quantization fp8] [--warm]
 
 A system is a kind of model (llama, stock, heads, groups: see shapes.py; replay is stock with vLLM's ReplaySSM by
 FlashInfer), with "-K" after it a two-layer draft model of the same kind that drafts K tokens, with "-upK" as many as
@@ -11,12 +11,13 @@ pay. A dummy model agrees with no one, so each draft is accepted with probabilit
 rejection, whatever the tokens; target and drafter compute all they would. (Adaptive verification judges drafts by the
 draft model's logits, so that dummy ones cannot show what it brings.)
 
-The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read. Where
-not all sequences fit into the memory, "running" says how many did. --warm only starts the engines, several at once, so
-that what torch.compile and Triton make is on disk for the timed start. With several tensor parallel sizes each system
-is started with each of them, on so many GPUs, and sums by vLLM's own kernels and NCCL (not over NVLink multicast: no
-symmetric memory, no FlashInfer all-reduce or its fusion with norms). A row is in the CSV as soon as it is there, and
-good rows that are there are not measured again.
+The rate is tokens of all sequences over a stretch of --seconds that begins when the last prompt has been read and each
+sequence has got --settle tokens: "-upK" chooses meanwhile, and systems are comparable at equal --settle only, as steps
+take longer the longer the contexts are. Where not all sequences fit into the memory, "running" says how many did.
+--warm only starts the engines, several at once, so that what torch.compile and Triton make is on disk for the timed
+start. With several tensor parallel sizes each system is started with each of them, on so many GPUs, and sums by vLLM's
+own kernels and NCCL (not over NVLink multicast: no symmetric memory, no FlashInfer all-reduce or its fusion with
+norms). A row is in the CSV as soon as it is there, and good rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ KINDS = ("llama", "stock", "replay", "heads", "groups")
 OURS = ("heads", "groups")
 SYSTEMS = (*KINDS, "stock-4", "replay-4", "heads-4", "groups-4", "heads-8", "groups-8")
 COLUMNS = (
-    "system", "gpus", "batch", "running", "context", "tokens_per_second", "acceptance", "metrics", "weights", "status",
-    "blocks", "gpu",
+    "system", "gpus", "batch", "running", "context", "settled", "tokens_per_second", "acceptance", "metrics", "weights",
+    "status", "blocks", "gpu",
 )  # fmt: skip
-KEY = ("system", "gpus", "batch", "context", "acceptance", "metrics", "weights")
-SETTLE = 8  # steps after the last prompt before the clock starts
+KEY = ("system", "gpus", "batch", "context", "settled", "acceptance", "metrics", "weights")
+SETTLE = 8  # steps after the last prompt before the clock starts, at least
 FULL = 40  # steps in which no sequence starts, after which the rest is taken not to fit
 
 
@@ -91,8 +92,8 @@ def acceptance(system: str, args: argparse.Namespace) -> float | str:
     return args.acceptance if "-" in system else ""
 
 
-def rate(engine, batch: int, args: argparse.Namespace, settle: float = 0) -> tuple[int, float]:
-    """How many of so many sequences run at once, and their tokens a second, after so many seconds."""
+def rate(engine, batch: int, args: argparse.Namespace) -> tuple[int, float]:
+    """How many of so many sequences run at once, and their tokens a second."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -120,9 +121,9 @@ def rate(engine, batch: int, args: argparse.Namespace, settle: float = 0) -> tup
 
     for _ in range(SETTLE):
         step()
-    settled = time.perf_counter() + settle
-    while time.perf_counter() < settled:
-        step()
+    left = args.settle * len(started)
+    while left > 0:
+        left -= step()
     tokens, began = 0, time.perf_counter()
     while (took := time.perf_counter() - began) < args.seconds:
         tokens += step()
@@ -143,10 +144,10 @@ def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace
         engine = LLMEngine.from_engine_args(EngineArgs(**arguments_of(system, Path(folder), args, gpus)))
         cache = engine.vllm_config.cache_config
         for batch in () if args.warm else batches:
-            running, tokens = rate(engine, batch, args, args.settle if "-up" in system else 0)
+            running, tokens = rate(engine, batch, args)
             row = {"system": system, "gpus": gpus, "batch": batch, "running": running, "context": args.context}
-            row |= {"tokens_per_second": round(tokens, 1), "acceptance": acceptance(system, args)}
-            row |= {"metrics": args.metrics, "weights": weights(args)}
+            row |= {"settled": args.settle, "tokens_per_second": round(tokens, 1)}
+            row |= {"acceptance": acceptance(system, args), "metrics": args.metrics, "weights": weights(args)}
             row |= {"status": "ok", "blocks": cache.num_gpu_blocks, "gpu": current_platform.get_device_name()}
             print(json.dumps(row), flush=True)
 
@@ -172,7 +173,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--room", type=int, default=2048, help="tokens that a sequence may get")
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--settle", type=float, default=6, help="seconds before those in which -upK chooses")
+    parser.add_argument("--settle", type=int, default=0, help="tokens of each sequence before the clock starts")
     parser.add_argument("--acceptance", type=float, default=0.75)
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--metrics", choices=("none", "vllm", "all"), default="none", help="what is counted (none)")
@@ -217,10 +218,8 @@ def compare(args: argparse.Namespace, known: Path) -> int:
 
     measured = {tuple(str(row.get(key)) for key in KEY) for row in rows}
     for system, gpus in engines:
-        asked = {
-            n: tuple(map(str, (system, gpus, n, args.context, acceptance(system, args), args.metrics, weights(args))))
-            for n in args.batches
-        }
+        same = (args.settle, acceptance(system, args), args.metrics, weights(args))
+        asked = {n: tuple(map(str, (system, gpus, n, args.context, *same))) for n in args.batches}
         left = [n for n, key in asked.items() if key not in measured]
         if not left:
             continue
