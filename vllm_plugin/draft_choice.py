@@ -21,6 +21,8 @@ logger = init_logger("vllm.mamba_hybrid")
 
 # steps of a trial: rows enough that the number of accepted drafts is known to some percent
 TRIAL_STEPS, TRIAL_ROWS = 8, 128
+# a trial of that many steps, and TRIAL_ROWS rows, ends if its rate is below that share of the best's
+GLANCE, HOPELESS = 3, 0.8
 KEPT, LONGEST = 8, 64  # trials' steps for which the best way is kept: at first, and after trials that change nothing
 PATIENCE = 8  # trials' steps that may pass uncounted before a trial is given up
 
@@ -66,6 +68,7 @@ class Size:
     def __init__(self, most: int, drafts: int) -> None:
         self.most = most
         self.trial = max(TRIAL_STEPS, TRIAL_ROWS // most)
+        self.glance = max(GLANCE, TRIAL_ROWS // (most // 2 + 1))  # a batch of this size has more than half of `most`
         self.ways = {n: Way(self.trial) for n in choices(drafts)}
         self.drafts = self.best = drafts
         self.trying, self.left, self.turn, self.uncounted, self.kept = True, self.trial, 0, 0, KEPT
@@ -78,7 +81,7 @@ class Size:
         self.uncounted = 0
         self.left -= 1
         if self.trying:
-            if self.left <= 0:
+            if self.left <= 0 or self._hopeless():
                 self._conclude()
             return
         others = sorted((n for n in self.ways if n != self.best), key=lambda n: self.ways[n].rate)
@@ -95,6 +98,11 @@ class Size:
             if self.drafts != self.best:
                 self.ways[self.drafts] = Way(self.trial)  # some steps of a trial are no measurement
             self._keep()
+
+    def _hopeless(self) -> bool:
+        """Large batches show soon that a way is much worse, and cost most until its trial has ended."""
+        way, best = self.ways[self.drafts], self.ways[self.best]
+        return len(way.tokens) >= self.glance and way.rate < HOPELESS * best.rate
 
     def _try(self, drafts: int) -> None:
         self.drafts, self.trying, self.left, self.uncounted = drafts, True, self.trial, 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 
-from vllm_plugin.draft_choice import KEPT, LONGEST, PATIENCE, DraftChoice, Size, choices
+from vllm_plugin.draft_choice import GLANCE, KEPT, LONGEST, PATIENCE, DraftChoice, Size, choices
 
 DRAFTS = 4
 
@@ -62,6 +63,19 @@ def test_the_best_is_kept(sequences):
     # and worse: no wait until the next trial
     world.steps(soon, sequences, seconds, accepted=0)
     assert world.steps(KEPT * trial, sequences, seconds, accepted=0)[0] > 0.75
+
+
+def test_a_hopeless_trial_of_a_large_batch_ends_soon():
+    runs = {}
+    for sequences in (16, 200):
+        world = World()
+        made = [world.step(sequences, {0: 1.0, 2: 1.1, 4: 2.5}, accepted=0) for _ in range(400)]
+        runs[sequences] = [(drafts, len(list(steps))) for drafts, steps in groupby(made)]
+    # the first step of a trial verifies as many drafts as were made before it, and is not counted
+    assert {n for drafts, n in runs[200][1:] if drafts == 4} == {GLANCE + 1}
+    assert {n for drafts, n in runs[16][1:] if drafts == 4} == {Size(16, DRAFTS).trial + 1}
+    # two drafts are not so much worse
+    assert {n for drafts, n in runs[200] if drafts == 2} == {Size(200, DRAFTS).trial + 1}
 
 
 def test_sizes_of_batches_are_told_apart():
