@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
@@ -30,10 +31,18 @@ from .limits import drafts_by_choice
 from .verify_graphs import capture_lengths, graph, numbers_of_sequences
 
 if TYPE_CHECKING:
-    import numpy as np
     from vllm.config import VllmConfig
 
 LAYOUT_BLOCKS = (4, 8, 16, 32, 64, 128, 256, 512)  # of `prepare_prefill_inputs`, by a batch's longest request
+
+
+def read_starts(batch: InputBatch) -> np.ndarray:
+    """(requests + 1,) int32, where a round's tokens of each request begin and end if it has verified all of its drafts:
+    those of the batch and the one that it got. What was verified only the device may know, and the batch's own
+    `query_start_loc_np` is then an even share, which a request may exceed."""
+    starts = np.zeros(batch.num_reqs + 1, dtype=np.int32)
+    np.cumsum(batch.num_scheduled_tokens[: batch.num_reqs] + 1, out=starts[1:])
+    return starts
 
 
 class Drafter(StandaloneARSpeculator):
@@ -225,14 +234,13 @@ class Drafter(StandaloneARSpeculator):
         lengths = input_batch.seq_lens[:requests] - num_rejected[:requests].int() + 1
         self.next_seq_lens[:requests] = lengths.clamp(max=self.max_model_len)
         self.next_seq_lens[requests:].zero_()
-        longest = int(input_batch.num_scheduled_tokens[:requests].max()) + 1
-        read = self._graph_of(self.reading, requests, longest, self._read_lengths)
+        starts = read_starts(input_batch)
+        read = self._graph_of(self.reading, requests, int(np.diff(starts).max()), self._read_lengths)
         if read is not None:
             T = read.uniform_token_count
             self._inputs_of_reading(read, self.arange_np[: requests + 1] * T, self._bound(requests))
             self.reading.run_fullgraph(read)
         else:
-            starts = input_batch.query_start_loc_np[: requests + 1] + self.arange_np[: requests + 1]
             desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=int(starts[-1]), num_reqs=requests)
             self._read(desc, *self._inputs_of_reading(desc, starts, input_batch.seq_lens_cpu_upper_bound))
         if N == 0:  # the draft model has seen all tokens, and may go on at any step

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
-from mamba_hybrid_kernels import SlotLayout
+from mamba_hybrid_kernels.slot import MOST_TOKENS, SlotLayout
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -45,8 +45,9 @@ class Limits(VerifyAndUpdateConfig):
 
         Raises:
             ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
-                of layers, a hybrid draft model on fewer devices than the target, a state dtype other than fp32 and
-                bf16, or something of the plugin (`drafts_by_choice`) that it does not know or that others exclude.
+                of layers, a hybrid draft model on fewer devices than the target, more drafts than a GPU's kernel
+                takes, a state dtype other than fp32 and bf16, or something of the plugin (`drafts_by_choice`) that it
+                does not know or that others exclude.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -76,8 +77,17 @@ class Limits(VerifyAndUpdateConfig):
                     f"draft_tensor_parallel_size {its} of a draft model with mixers must be --tensor-parallel-size "
                     f"{devices}; leave it out"
                 )
-        if current_platform.is_cuda() and parallel.worker_cls == "auto":
-            parallel.worker_cls = "vllm_plugin.worker.HybridWorker"
+        if current_platform.is_cuda():
+            drafts = vllm_config.num_speculative_tokens
+            # a step has the drafts and one token, a draft model's one more (`slot_layout`)
+            most = MOST_TOKENS - (2 if drafted and _has_mixers(speculative.draft_model_config) else 1)
+            if drafts > most:
+                raise ValueError(
+                    f"num_speculative_tokens {drafts} in --speculative-config must be at most {most}: the mixers' "
+                    f"kernels take steps of {MOST_TOKENS} tokens"
+                )
+            if parallel.worker_cls == "auto":
+                parallel.worker_cls = "vllm_plugin.worker.HybridWorker"
         if speculative is not None and not vllm_config.use_v2_model_runner:
             obstacle = "with speculative decoding on Model Runner V1"
         elif speculative is not None and drafted and _has_mixers(speculative.draft_model_config):

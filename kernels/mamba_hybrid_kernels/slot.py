@@ -28,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
+MOST_TOKENS = 16  # of a row in a step of the verify kernel
+
 
 @dataclass(frozen=True)
 class SlotLayout:

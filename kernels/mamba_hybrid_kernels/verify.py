@@ -31,9 +31,7 @@ from torch import Tensor
 
 from .checkpoint import checkpoint
 from .launch import case_of, precision, tuned
-from .slot import SlotLayout, SlotTensors
-
-MOST_TOKENS = 16  # of a row in one step
+from .slot import MOST_TOKENS, SlotLayout, SlotTensors
 
 
 @triton.jit

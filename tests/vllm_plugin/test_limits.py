@@ -38,7 +38,7 @@ def engine(
     draft = draft_layers and SimpleNamespace(hf_config=SimpleNamespace(layer_types=draft_layers))
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=data
+            tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=data, worker_cls="auto"
         ),
         cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
         speculative_config=SimpleNamespace(
@@ -59,6 +59,11 @@ def engine(
         num_speculative_tokens=drafts,
         model_config=SimpleNamespace(hf_config=hf_config, dtype=torch.bfloat16),
     )
+
+
+def gpu():
+    """What is asked of a platform that has one."""
+    return SimpleNamespace(is_cuda=lambda: True, is_device_capability_family=lambda family: family == 90)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,18 @@ def engine(
 def test_refuses(changes, flag):
     with pytest.raises(ValueError, match=flag):
         Limits.verify_and_update_config(engine(**changes))
+
+
+@pytest.mark.parametrize(("draft_layers", "most"), [(None, 15), (["full_attention"], 15), (["linear_attention"], 14)])
+def test_a_gpu_takes_as_many_drafts_as_its_kernels(draft_layers, most, monkeypatch):
+    changes = {"v2": True, "draft_layers": draft_layers}
+    Limits.verify_and_update_config(engine(drafts=most + 1, **changes))
+    monkeypatch.setattr("vllm_plugin.limits.current_platform", gpu())
+    config = engine(drafts=most, **changes)
+    Limits.verify_and_update_config(config)
+    assert config.parallel_config.worker_cls == "vllm_plugin.worker.HybridWorker"
+    with pytest.raises(ValueError, match=f"num_speculative_tokens {most + 1} .* must be at most {most}"):
+        Limits.verify_and_update_config(engine(drafts=most + 1, **changes))
 
 
 @pytest.mark.parametrize(
