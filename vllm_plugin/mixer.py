@@ -62,6 +62,7 @@ class MixerLayer(nn.Module, MambaBase):
         self.rotary_emb: nn.Module | None = None
         if config.ssm_rope:
             self.rotary_emb = get_rope(N, config.max_position_embeddings, rope_parameters=config.rope_parameters)
+        self.most_rows = vllm_config.scheduler_config.max_num_seqs
         self.layout = slot_layout(vllm_config, draft=prefix.startswith("draft_model"))
         H, G, S = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.state_heads
         dtype = vllm_config.model_config.dtype
@@ -142,8 +143,17 @@ class MixerLayer(nn.Module, MambaBase):
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # a run that only measures memory: there are no slots yet
             output.zero_()
+            if output.is_cuda:
+                self._take_memory(output)
             return
         self.mix(projected_states, metadata[self.prefix], output)
+
+    def _take_memory(self, output: Tensor) -> None:
+        """As much as a step of so many tokens takes at most, so that vLLM sees it."""
+        from mamba_hybrid_kernels.prefill import most_workspace  # Triton is needed to run, not to import
+
+        near_and_far = 2 * output.nbytes
+        output.new_empty(near_and_far + most_workspace(self.layout, self.most_rows, len(output)), dtype=torch.uint8)
 
     def mix(self, projected_MX: Tensor, rows: StepRows, output: Tensor) -> None:
         """The same with the rows given."""

@@ -164,6 +164,36 @@ def row_block(rows: int) -> int:
     return next((most for most in (16, 256) if most >= rows), triton.next_power_of_2(rows))
 
 
+def chunk_rows(layout: SlotLayout) -> int:
+    """Rows of a chunk, unless told otherwise."""
+    return 128 if layout.state_heads == layout.query_heads else 64
+
+
+def most_workspace(layout: SlotLayout, rows: int, tokens: int) -> int:
+    """Bytes that `prefill` takes beside its outputs, at most, for so many tokens in so many rows: the states that enter
+    chunks and the decays within them. What pieces of a walk add comes to 16 MiB more.
+
+    An engine that plans its memory has to know: many short prompts at once take much more than one long one.
+
+    Example:
+        >>> layout = SlotLayout(8, 32, 32, 128, 128, 64, dtype=torch.bfloat16)
+        >>> [most_workspace(layout, rows, 8192) >> 20 for rows in (1, 512)]
+        [66, 641]
+    """
+    Q, S = chunk_rows(layout), layout.state_heads
+    spare = layout.ring - layout.step - layout.rewind - layout.window
+    rows = min(rows, tokens)
+    # the sum of `most_chunks` over rows, each rounded up
+    chunks = (tokens + rows * (spare + Q - 1)) // Q + rows * -(-layout.rewind // Q)
+    state = layout.head_dim * layout.state_size * _enter_dtype(layout.dtype).itemsize
+    return chunks * S * (state + Q * torch.float32.itemsize)
+
+
+def _enter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the states that enter chunks, for rows of a dtype: bf16 has fp32's range, fp16 has not."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 @dataclass(frozen=True)
 class NearLaunch:
     """How the window's attention is cut into programs.
@@ -249,7 +279,7 @@ def prefill(
     w, W = layout.window, layout.ring
     if slot_R.shape[0] != R or sum(lengths) > x_MGP.shape[0]:
         raise ValueError(f"rows of {lengths} tokens for {slot_R.shape[0]} slots and {x_MGP.shape[0]} tokens")
-    chunk = chunk or (128 if S == H else 64)
+    chunk = chunk or chunk_rows(layout)
     if chunk < 16 or chunk & (chunk - 1):
         raise ValueError(f"chunk {chunk} must be a power of two and at least 16")
     for name, t in (("x", x_MGP), ("B", B_MGN), ("C", C_MHN)):
@@ -286,9 +316,7 @@ def prefill(
         )  # fmt: skip
 
     chunks = sum(most_chunks(T, chunk, W, w, layout.step, layout.rewind) for T in lengths)
-    enter_KSPN = x_MGP.new_empty(
-        chunks, S, P, N, dtype=torch.bfloat16 if x_MGP.dtype == torch.bfloat16 else torch.float32
-    )
+    enter_KSPN = x_MGP.new_empty(chunks, S, P, N, dtype=_enter_dtype(x_MGP.dtype))
     s_KSQ = x_MGP.new_empty(chunks, S, chunk, dtype=torch.float32)
     walk = walk or walk_launch(x_MGP, R, max(lengths), chunk, (S, P, N))
     if launch is None:

@@ -2,6 +2,7 @@
 at a flush, tokens taken back, recycled slots, padding rows, poisoned memory. In Triton's interpreter on a CPU."""
 
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -191,6 +192,28 @@ def test_defaults_in_each_dtype(dtype, P, N, tokens, limit):
     assert slots.position.min() > 0
     torch.testing.assert_close(slots.x.float().cpu(), exact.x, rtol=0, atol=0)
     torch.testing.assert_close(slots.b.float().cpu(), exact.b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [[300], [4] * 12, [70, 1, 33, 9]])
+@pytest.mark.parametrize("per_state", [1, 2])
+def test_what_it_allocates_is_known_before(lengths, per_state, monkeypatch):
+    from mamba_hybrid_kernels.prefill import most_workspace
+
+    layout, new_empty, taken = layout_of(1, 2, per_state, 32, 32, 5, 2, 20), torch.Tensor.new_empty, []
+    rows, M = list(range(len(lengths))), sum(lengths)
+    parts = (torch.randn(M, 1, 32), torch.rand(M, 2), torch.randn(M, 1, 32), torch.randn(M, 2 * per_state, 32))
+
+    def counted(self, *shape, **kw):
+        made = new_empty(self, *shape, **kw)
+        if sys._getframe(1).f_globals["__name__"] == "mamba_hybrid_kernels.prefill":  # and not the interpreter's
+            taken.append(made)
+        return made
+
+    slots = move(SlotTensors.allocate(layout, len(rows)), DEVICE)
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    run_prefill(slots, layout, rows, [0] * len(rows), lengths, parts, -torch.rand(2), torch.randn(2 * per_state))
+    assert 0 < sum(t.nbytes for t in taken) <= most_workspace(layout, len(rows) + 2, M + 1)
+    assert sum(t.nbytes for t in taken) >= 0.5 * most_workspace(layout, len(rows), M)
 
 
 def test_what_it_cannot_serve_is_one_clear_error():
