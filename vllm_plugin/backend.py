@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from mamba_hybrid_kernels import StepRows
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -14,10 +13,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_table_tensor
-
-from .memory import memory_line
-
-logger = init_logger("vllm.mamba_hybrid")
 
 
 class MixerMetadataBuilder(AttentionMetadataBuilder[StepRows]):
@@ -30,8 +25,6 @@ class MixerMetadataBuilder(AttentionMetadataBuilder[StepRows]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        if vllm_config.cache_config.num_gpu_blocks and not layer_names[0].startswith("draft_model"):
-            logger.info_once(memory_line(vllm_config, len(layer_names)))
         # a CUDA graph reads these, so their addresses stay
         rows = vllm_config.scheduler_config.max_num_seqs
         self.slot_R, self.start_R, self.first_R1 = (

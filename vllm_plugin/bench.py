@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mamba_hybrid.config import MIXER
 from mamba_hybrid.errors import UserError
 from mamba_hybrid.output import check_output, write_output
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 START_SECONDS, POLL_SECONDS = 900, 1.0
 LOG_LINES = 15  # of a server that did not start
 OWN_FLAGS = ("--host", "--port", "--model", "--served-model-name")
+SPECULATION = ("--speculative-config", "-sc", "--spec-model", "--spec-method", "--spec-tokens", "--additional-config")
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -161,8 +163,9 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
         flags = shlex.split(args.vllm_args)
     except ValueError as e:
         raise UserError(f"--vllm-args {args.vllm_args}: {e}") from e
+    own = (*OWN_FLAGS, *(SPECULATION if args.draft else ()))
     for flag in flags:
-        if flag.split("=")[0] in OWN_FLAGS:
+        if flag.split("=")[0].split(".")[0].replace("_", "-") in own:
             raise UserError(f"--vllm-args {args.vllm_args}: bench sets {flag} itself; leave it out")
     if args.plot:
         if Path(args.plot).suffix not in PLOTS:
@@ -175,7 +178,10 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
         _check_prompts(args.prompts, max(clients) * args.rounds)
     for path in (args.model, args.draft, *args.against):
         if path:
-            context = check_servable(path).max_position_embeddings
+            config = check_servable(path)
+            if args.when_they_pay and path == args.model and MIXER not in (getattr(config, "layer_types", None) or ()):
+                raise UserError(f"--when-they-pay needs a hybrid as the target; {path} has no mixers")
+            context = config.max_position_embeddings
             if not args.prompts and args.input_tokens + args.output_tokens > context:
                 raise UserError(
                     f"--input-tokens {args.input_tokens} and --output-tokens {args.output_tokens} are over the context "
@@ -297,7 +303,10 @@ def serving(command: list[str]) -> Iterator[int]:
 
 def _healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        # this machine's, whatever proxy the environment names
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"http://127.0.0.1:{port}/health", timeout=5
+        ) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False
@@ -330,6 +339,12 @@ def ask(system: str, model: str, port: int, clients: int, args: argparse.Namespa
             lines = (done.stdout + done.stderr).splitlines()[-LOG_LINES:]
             raise UserError(f"vllm bench serve failed for {system} with {clients} clients:\n" + "\n".join(lines))
         result = json.loads(file.read_text())
+        if result["failed"]:
+            lines = (done.stdout + done.stderr).splitlines()[-LOG_LINES:]
+            raise UserError(
+                f"{result['failed']} of {args.rounds * clients} requests failed for {system} with {clients} clients:\n"
+                + "\n".join(lines)
+            )
     return Load(
         system, clients, result["output_throughput"], result["mean_ttft_ms"], result["mean_tpot_ms"],
         result.get("spec_decode_acceptance_length"),

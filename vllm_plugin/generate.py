@@ -229,7 +229,8 @@ def _start(args: argparse.Namespace, batch: int, context: int, speculative: dict
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         # pydantic puts a heading before the reason
         reason = " ".join(lines[:3]) if lines else type(e).__name__
-        raise UserError(f"the engine does not start with --batch {batch}: {reason}") from e
+        given = f"--batch {batch}" + (f", --speculative-config {json.dumps(speculative)}" if speculative else "")
+        raise UserError(f"the engine does not start with {given}: {reason}") from e
 
 
 def _answer(

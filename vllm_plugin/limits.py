@@ -45,9 +45,9 @@ class Limits(VerifyAndUpdateConfig):
 
         Raises:
             ValueError: KV heads that do not divide among the devices, a pipeline stage without one of the two kinds
-                of layers, a hybrid draft model on fewer devices than the target, more drafts than a GPU's kernel
-                takes, a state dtype other than fp32 and bf16, or something of the plugin (`drafts_by_choice`) that it
-                does not know or that others exclude.
+                of layers, stages with a draft model, a hybrid draft model on fewer devices than the target, more drafts
+                than a GPU's kernel takes, a state dtype other than fp32 and bf16, or something of the plugin
+                (`drafts_by_choice`) that it does not know or that others exclude.
         """
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         devices, groups = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
@@ -64,13 +64,20 @@ class Limits(VerifyAndUpdateConfig):
                     f"--pipeline-parallel-size {stages} leaves stage {stage} without {name}, and vLLM 0.32 gives wrong "
                     "tokens or none then; take fewer stages, or cut them elsewhere with VLLM_PP_LAYER_PARTITION"
                 )
+        if cache.mamba_cache_dtype != "auto":
+            raise ValueError(
+                f"--mamba-cache-dtype {cache.mamba_cache_dtype} is not for mixers, whose rows have the model's dtype; "
+                "the state's is --mamba-ssm-cache-dtype"
+            )
         if cache.mamba_ssm_cache_dtype not in STATE_DTYPES:
             raise ValueError(
                 f"--mamba-ssm-cache-dtype {cache.mamba_ssm_cache_dtype} is none of {', '.join(STATE_DTYPES)}"
             )
         obstacle, speculative = None, vllm_config.speculative_config
         drafted = speculative is not None and speculative.uses_draft_model()
-        if drafted and _has_mixers(speculative.draft_model_config):
+        if drafted and stages > 1:
+            raise ValueError(f"--pipeline-parallel-size {stages} excludes a draft model in vLLM 0.32; draft by ngram")
+        if draft_with_mixers(vllm_config):
             its = speculative.draft_tensor_parallel_size
             if its != devices:  # vLLM builds its layers for the target's devices all the same
                 raise ValueError(
@@ -80,7 +87,7 @@ class Limits(VerifyAndUpdateConfig):
         if current_platform.is_cuda():
             drafts = vllm_config.num_speculative_tokens
             # a step has the drafts and one token, a draft model's one more (`slot_layout`)
-            most = MOST_TOKENS - (2 if drafted and _has_mixers(speculative.draft_model_config) else 1)
+            most = MOST_TOKENS - (2 if draft_with_mixers(vllm_config) else 1)
             if drafts > most:
                 raise ValueError(
                     f"num_speculative_tokens {drafts} in --speculative-config must be at most {most}: the mixers' "
@@ -90,7 +97,7 @@ class Limits(VerifyAndUpdateConfig):
                 parallel.worker_cls = "vllm_plugin.worker.HybridWorker"
         if speculative is not None and not vllm_config.use_v2_model_runner:
             obstacle = "with speculative decoding on Model Runner V1"
-        elif speculative is not None and drafted and _has_mixers(speculative.draft_model_config):
+        elif draft_with_mixers(vllm_config):
             obstacle = "with a draft model that has mixers"
         elif ATTENTION not in vllm_config.model_config.hf_config.layer_types:
             obstacle = "without attention layers"
@@ -134,6 +141,7 @@ def _check_choice(vllm_config: VllmConfig) -> None:
     else:
         schedule = speculative.num_speculative_tokens_per_batch_size
         obstacles = {
+            "needs a hybrid as the target": not _has_mixers(speculative.target_model_config),
             "needs Model Runner V2": not vllm_config.use_v2_model_runner,
             "excludes --data-parallel-size": vllm_config.parallel_config.data_parallel_size > 1,
             f"excludes --scheduler-cls {scheduler}": scheduler not in (None, SCHEDULER),
@@ -194,18 +202,32 @@ def _has_mixers(model_config: ModelConfig) -> bool:
     return MIXER in (getattr(model_config.hf_config, "layer_types", None) or ())
 
 
-def slot_layout(vllm_config: VllmConfig, *, draft: bool = False) -> SlotLayout:
+def draft_with_mixers(vllm_config: VllmConfig) -> ModelConfig | None:
+    """The engine's draft model if it has mixers."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or not speculative.uses_draft_model():
+        return None
+    return speculative.draft_model_config if _has_mixers(speculative.draft_model_config) else None
+
+
+def slot_layout(vllm_config: VllmConfig, model_config: ModelConfig | None = None) -> SlotLayout:
     """Slot of one sequence in one mixer layer, on one device.
+
+    A draft model is rewound by up to K + 1 tokens and fed K + 2 at once. The target's mixers, which need one less, have
+    the same then: vLLM keeps slots of one shape in one group, of several shapes in many.
 
     Args:
         vllm_config: the engine's.
-        draft: of a draft model, which vLLM rewinds by up to K + 1 tokens and feeds K + 2 at once.
+        model_config: of another model than the engine's own, its draft model.
     """
     K = vllm_config.num_speculative_tokens
-    step, rewind = (K + 2, K + 2) if draft else (K + 1, K + 1 if K else 0)
-    config = vllm_config.model_config.hf_config.shard(vllm_config.parallel_config.tensor_parallel_size)
+    step, rewind = (K + 1, K + 1) if K else (1, 0)
+    if draft_with_mixers(vllm_config):
+        step, rewind = K + 2, K + 2
+    model_config = model_config or vllm_config.model_config
+    config = model_config.hf_config.shard(vllm_config.parallel_config.tensor_parallel_size)
     return config.slot_layout(
-        dtype=vllm_config.model_config.dtype,
+        dtype=model_config.dtype,
         state_dtype=STATE_DTYPES[vllm_config.cache_config.mamba_ssm_cache_dtype],
         step=step,
         rewind=rewind,

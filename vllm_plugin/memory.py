@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import prod
 from typing import TYPE_CHECKING
 
-from mamba_hybrid.config import MIXER
-
-from .limits import slot_layout
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-FP8_BYTES = 1
+
+def state_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of a sequence's slots on one device, in the mixers of the model and of its draft model."""
+    return sum(
+        len(group.layer_names)
+        * sum(
+            prod(shape) * dtype.itemsize
+            for shape, dtype in zip(group.kv_cache_spec.shapes, group.kv_cache_spec.dtypes, strict=True)
+        )
+        for group in kv_cache_config.kv_cache_groups
+        if isinstance(group.kv_cache_spec, MambaSpec)
+    )
 
 
-def memory_line(vllm_config: VllmConfig, group: int) -> str:
+def memory_line(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     """State and KV cache of a sequence on one device, and how many sequences of the longest kind fit.
 
     Args:
-        vllm_config: the engine's, with the number of its blocks.
-        group: layers of a cache group on this device; vLLM makes groups of one size, which share each block's memory.
+        vllm_config: the engine's.
+        kv_cache_config: what vLLM has made of its memory; with pipeline stages the first one's.
     """
-    config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-    layout = slot_layout(vllm_config)
-    kinds = config.layer_types[
-        slice(*vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config))
-    ]
-    mixers = kinds.count(MIXER)
-    attention = len(kinds) - mixers
-    width = FP8_BYTES if cache.cache_dtype.startswith("fp8") else vllm_config.model_config.dtype.itemsize
-    token = 2 * attention * layout.groups * config.head_dim * width
-    tokens = vllm_config.model_config.max_model_len
-    blocks = ceil(attention / group) * ceil(tokens / cache.block_size) + ceil(mixers / group)
+    mixers = attention = token = 0
+    for group in kv_cache_config.kv_cache_groups:
+        spec, layers = group.kv_cache_spec, len(group.layer_names)
+        if isinstance(spec, MambaSpec):
+            mixers += layers
+        else:
+            attention += layers
+            token += layers * spec.page_size_bytes // spec.block_size
+    fit, state = get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config), state_bytes(kv_cache_config)
     return (
-        f"A sequence keeps {mixers * layout.bytes() / 2**20:.2f} MiB of state ({mixers} mixer layers, whatever its "
-        f"length) and {token / 2**10:.1f} KiB of KV cache a token ({attention} attention layers); "
-        f"{cache.num_gpu_blocks // blocks} sequences of {tokens} tokens fit into {cache.num_gpu_blocks} blocks."
+        f"A sequence keeps {state / 2**20:.2f} MiB of state ({mixers} mixer layers, whatever its "
+        f"length) and {token / 2**10:.1f} KiB of KV cache a token ({attention} attention layers); {int(fit)} sequences "
+        f"of {vllm_config.model_config.max_model_len} tokens fit into {kv_cache_config.num_blocks} blocks."
     )

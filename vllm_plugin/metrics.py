@@ -61,9 +61,12 @@ class StateMetrics:
         directory: see `metrics_directory`.
         model, engine: labels as vLLM's metrics have them.
         bytes_per_sequence: state of a sequence on one device.
+        counted: whether there will be counts of steps to `add`.
     """
 
-    def __init__(self, directory: Path, model: str, engine: int, bytes_per_sequence: int) -> None:
+    def __init__(
+        self, directory: Path, model: str, engine: int, bytes_per_sequence: int, *, counted: bool = True
+    ) -> None:
         self.labels = {"model_name": model, "engine": str(engine)}
         self.bytes_per_sequence = bytes_per_sequence
         # names that the collector reads kind and process from; none that prometheus_client writes itself
@@ -74,8 +77,10 @@ class StateMetrics:
         self.flushes = {phase: self._key(FLUSHES, f"{FLUSHES}_total", phase=phase) for phase in ("decode", "prefill")}
         self.running_key, self.running = self._key(RUNNING, RUNNING), 0
         # a key that is read is there from now on, as 0
-        self.values = {key: self.histograms.read_value(key)[0] for key in (*self.buckets, self.sum)}
-        self.values |= {key: self.counters.read_value(key)[0] for key in self.flushes.values()}
+        self.values: dict[str, float] = {}
+        if counted:
+            self.values |= {key: self.histograms.read_value(key)[0] for key in (*self.buckets, self.sum)}
+            self.values |= {key: self.counters.read_value(key)[0] for key in self.flushes.values()}
         self.gauges.write_value(self._key(BYTES, BYTES), bytes_per_sequence, time.time())
         self.gauges.write_value(self.running_key, 0, time.time())
 

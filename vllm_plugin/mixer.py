@@ -63,7 +63,7 @@ class MixerLayer(nn.Module, MambaBase):
         if config.ssm_rope:
             self.rotary_emb = get_rope(N, config.max_position_embeddings, rope_parameters=config.rope_parameters)
         self.most_rows = vllm_config.scheduler_config.max_num_seqs
-        self.layout = slot_layout(vllm_config, draft=prefix.startswith("draft_model"))
+        self.layout = slot_layout(vllm_config)
         H, G, S = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.state_heads
         dtype = vllm_config.model_config.dtype
         self.qkv_widths = [H * N, G * N, G * P]
@@ -141,12 +141,13 @@ class MixerLayer(nn.Module, MambaBase):
             output: (M, H P), written; padding becomes 0.
         """
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # a run that only measures memory: there are no slots yet
+        rows = None if metadata is None else metadata.get(self.prefix)
+        if rows is None:  # a run that only measures memory, or tunes attention: there are no slots
             output.zero_()
             if output.is_cuda:
                 self._take_memory(output)
             return
-        self.mix(projected_states, metadata[self.prefix], output)
+        self.mix(projected_states, rows, output)
 
     def _take_memory(self, output: Tensor) -> None:
         """As much as a step of so many tokens takes at most, so that vLLM sees it."""

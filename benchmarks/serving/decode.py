@@ -152,11 +152,11 @@ def measure(system: str, gpus: int, batches: list[int], args: argparse.Namespace
             print(json.dumps(row), flush=True)
 
 
-def run(system: str, gpus: int, batches: list[int], known: Path) -> subprocess.Popen:
+def run(system: str, gpus: int, batches: list[int], known: Path, out: int = subprocess.PIPE) -> subprocess.Popen:
     """A process for a system."""
     one = f"{system} {gpus} {','.join(map(str, batches))}"
     command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(known))
+    return subprocess.Popen(command, stdout=out, text=True, env=environment(known))
 
 
 def options() -> argparse.ArgumentParser:
@@ -207,7 +207,8 @@ def compare(args: argparse.Namespace, known: Path) -> int:
     """All systems, one after another; the exit status."""
     engines = [(system, gpus) for gpus in args.tensor_parallel_size for system in args.systems]
     if args.warm:
-        processes = [run(system, gpus, args.batches, known) for system, gpus in engines]
+        # nobody reads what they print
+        processes = [run(system, gpus, args.batches, known, subprocess.DEVNULL) for system, gpus in engines]
         return max(process.wait() for process in processes)
     rows = [row for row in load(args.out) if row["status"] == "ok"]
 

@@ -53,8 +53,11 @@ def load(file: Path | None) -> list[dict]:
 
 
 def save(file: Path, columns: Sequence[str], rows: list[dict]) -> None:
-    """Write a CSV."""
-    with file.open("w", newline="") as f:
-        writer = csv.DictWriter(f, columns)
+    """Write a CSV, whole or not at all; columns that rows have beside those stay."""
+    names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
+    new = file.with_name(f".{file.name}.new")
+    with new.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(names))
         writer.writeheader()
         writer.writerows(rows)
+    new.replace(file)

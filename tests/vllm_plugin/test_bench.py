@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mamba_hybrid.cli import main
 from mamba_hybrid.errors import UserError
 from vllm_plugin.bench import (
     Load,
     add_arguments,
+    ask,
     format_load,
     format_table,
     plot,
@@ -19,6 +24,8 @@ from vllm_plugin.bench import (
     systems_of,
     write_loads,
 )
+
+from .tiny_hybrid import write_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,11 @@ from vllm_plugin.bench import (
         (["--plot", "table.gif"], ["--plot table.gif", ".png"]),
         (["--vllm-args", "'"], ["--vllm-args '"]),
         (["--vllm-args=--port=1"], ["--vllm-args --port=1", "itself"]),
+        (["--vllm-args=--served_model_name x"], ["--served_model_name", "itself"]),
+        (
+            ["--draft", "d", "--vllm-args", "--speculative-config.method ngram"],
+            ["--speculative-config.method", "itself"],
+        ),
         (["--when-they-pay"], ["--when-they-pay needs --draft"]),
         (["--prompts", "nowhere.jsonl"], ["--prompts nowhere.jsonl"]),
         (["--prompts", __file__], ["--prompts", "cannot be read"]),
@@ -53,6 +65,30 @@ def test_too_few_prompts(hybrids, tmp_path, capsys):
         main(["bench", "serve", str(hybrids["shared"]), "--prompts", str(file), "--clients", "2", "--rounds", "3"]) == 1
     )
     assert "has 5 prompts" in capsys.readouterr().err
+
+
+def test_a_target_without_mixers_has_no_choice(tmp_path, capsys):
+    tiny = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tiny.architectures = ["LlamaForCausalLM"]
+    LlamaForCausalLM(tiny).save_pretrained(tmp_path / "llama")
+    write_tokenizer(tmp_path / "llama")
+    llama = str(tmp_path / "llama")
+    assert main(["bench", "serve", llama, "--draft", llama, "--when-they-pay"]) == 1
+    assert "--when-they-pay needs a hybrid as the target" in capsys.readouterr().err
+
+
+def test_a_load_with_failed_requests_is_no_measurement(monkeypatch):
+    def vllm_bench(command, **_):
+        folder = Path(command[command.index("--result-dir") + 1])
+        (folder / "load.json").write_text(json.dumps({"failed": 1, "output_throughput": 5.0}))
+        return subprocess.CompletedProcess(command, 0, "some output\nFailed requests: 1\n", "")
+
+    monkeypatch.setattr(subprocess, "run", vllm_bench)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["serve", "m"])
+    with pytest.raises(UserError, match=r"(?s)1 of 8 requests failed for m with 2 clients:.*Failed requests: 1"):
+        ask("m", "m", 1, 2, args)
 
 
 def test_systems():

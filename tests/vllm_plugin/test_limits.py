@@ -9,9 +9,13 @@ import torch
 
 from mamba_hybrid.checkpoint import load_config
 from vllm_plugin.limits import Limits, graph_sizes, slot_layout
+from vllm_plugin.model import HybridMambaForCausalLM
 
 WHEN = {"drafts": "when they pay"}
 HEADS = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"])
+
+
+STAGED = SimpleNamespace(num_key_value_heads=2, layer_types=["full_attention", "linear_attention"] * 2)
 
 
 def engine(
@@ -32,6 +36,8 @@ def engine(
     seqs=256,
     data=1,
     adaptive=False,
+    target_layers=None,
+    cache="auto",
     asked=None,
 ):
     """The part of vLLM's configuration that is read."""
@@ -40,9 +46,14 @@ def engine(
         parallel_config=SimpleNamespace(
             tensor_parallel_size=tensor, pipeline_parallel_size=stages, data_parallel_size=data, worker_cls="auto"
         ),
-        cache_config=SimpleNamespace(mamba_ssm_cache_dtype=state, enable_prefix_caching=prefix),
+        cache_config=SimpleNamespace(
+            mamba_ssm_cache_dtype=state, mamba_cache_dtype=cache, enable_prefix_caching=prefix
+        ),
         speculative_config=SimpleNamespace(
             draft_model_config=draft,
+            target_model_config=SimpleNamespace(
+                hf_config=SimpleNamespace(layer_types=target_layers or hf_config.layer_types)
+            ),
             uses_draft_model=lambda: draft is not None,
             draft_tensor_parallel_size=draft_tensor,
             num_speculative_tokens_per_batch_size=schedule,
@@ -71,7 +82,12 @@ def gpu():
     [
         ({"tensor": 4}, "--tensor-parallel-size 4 does not divide the model's 2 key/value heads"),
         ({"state": "float16"}, "--mamba-ssm-cache-dtype float16"),
+        ({"cache": "float32"}, "--mamba-cache-dtype float32 is not for mixers"),
         ({"stages": 2}, "--pipeline-parallel-size 2 leaves stage 0 without mixers"),
+        (
+            {"stages": 2, "drafts": 3, "v2": True, "draft_layers": ["full_attention"], "hf_config": STAGED},
+            "--pipeline-parallel-size 2 excludes a draft model",
+        ),
         (
             {"tensor": 2, "drafts": 3, "v2": True, "draft_layers": ["linear_attention"]},
             "draft_tensor_parallel_size 1 of a draft model with mixers must be --tensor-parallel-size 2",
@@ -86,6 +102,7 @@ def gpu():
             )
             for changes, obstacle in (
                 ({"v2": False}, "needs Model Runner V2"),
+                ({"target_layers": ["full_attention"]}, "needs a hybrid as the target"),
                 ({"data": 2}, "excludes --data-parallel-size"),
                 ({"scheduler": "mine.Scheduler"}, "excludes --scheduler-cls mine.Scheduler"),
                 ({"adaptive": True}, "excludes enable_adaptive_verification"),
@@ -149,9 +166,13 @@ def test_the_scheduler_that_counts():
 
 
 @pytest.mark.parametrize("state", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize(("drafts", "draft", "step", "rewind"), [(0, False, 1, 0), (4, False, 5, 5), (4, True, 6, 6)])
+@pytest.mark.parametrize(
+    ("drafts", "draft", "step", "rewind"),
+    [(0, None, 1, 0), (4, None, 5, 5), (4, "full_attention", 5, 5), (4, "linear_attention", 6, 6)],
+)
 def test_slot(hybrids, state, drafts, draft, step, rewind):
-    layout = slot_layout(engine(load_config(hybrids["shared"]), drafts=drafts, state=state), draft=draft)
+    config = engine(load_config(hybrids["shared"]), drafts=drafts, state=state, draft_layers=draft and [draft])
+    layout = slot_layout(config)
     assert (layout.step, layout.rewind) == (step, rewind)
     assert layout.ring >= 16 + step + rewind
     fields = layout.fields()
@@ -159,6 +180,20 @@ def test_slot(hybrids, state, drafts, draft, step, rewind):
     assert fields["x"] == ((layout.ring, 2, 32), torch.bfloat16)
     sizes = [dtype.itemsize for _, dtype in fields.values()]
     assert sizes == sorted(sizes, reverse=True)  # vLLM lays them out in this order and views them by dtype
+
+
+def test_a_page_holds_the_slots_of_the_draft_model_too(hybrids):
+    """One of more states than the target's; and one of the same shape, where the two have the same slots."""
+    small, large = load_config(hybrids["shared"]), load_config(hybrids["shared"])
+    large.state_heads = large.num_attention_heads
+    config = engine(small, drafts=5, v2=True, draft_layers=["linear_attention"])
+    draft = config.speculative_config.draft_model_config = SimpleNamespace(hf_config=large, dtype=torch.bfloat16)
+    target, drafted = HybridMambaForCausalLM.get_mamba_specs_from_config(config)
+    assert target.page_size_bytes == slot_layout(config).bytes()
+    assert drafted.page_size_bytes == slot_layout(config, draft).bytes() > target.page_size_bytes
+    draft.hf_config = small
+    assert len(set(HybridMambaForCausalLM.get_mamba_specs_from_config(config))) == 1
+    assert len(HybridMambaForCausalLM.get_mamba_specs_from_config(engine(small, drafts=5))) == 1
 
 
 def test_verify_steps_of_all_sequences_are_captured():

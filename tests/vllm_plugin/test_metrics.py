@@ -116,6 +116,14 @@ def test_what_is_written_is_read(tmp_path):
     assert below == [1, 2, 4, 4, 5, 5, 6]
 
 
+def test_what_is_not_counted_is_not_there(tmp_path):
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    StateMetrics(tmp_path, "m", 1, 1000, counted=False).run(2)
+    names = {sample.name for metric in registry.collect() for sample in metric.samples}
+    assert names == {"mamba_hybrid:state_bytes_per_sequence", "mamba_hybrid:state_bytes_running"}
+
+
 @pytest.mark.slow
 def test_a_servers_page(hybrids, environment, tmp_path):
     """Every number on the page is that of the slots, which the worker reads before and after each step: prompts in

@@ -130,6 +130,7 @@ def test_missing_tokenizer(hybrids, tmp_path, environment):
 def test_wrong_arguments(hybrids, tmp_path, environment):
     refused(serve(environment, tmp_path / "nowhere"), "nowhere does not exist")
     refused(serve(environment, hybrids["heads"], "--model=other"), "--model")
+    refused(serve(environment, hybrids["heads"], "--api_server_count=2"), "--api-server-count", "vllm serve")
 
 
 def test_vllm_command_with_the_cpu_alias(tmp_path, environment):
@@ -158,6 +159,7 @@ def test_cpu_flags(monkeypatch):
     assert serve.cpu_flags(["--port", "1"]) == serve.WHOLE_PROMPTS
     assert serve.cpu_flags(["--enable-prefix-caching"]) == ()
     assert serve.cpu_flags(["--no-enable-chunked-prefill"]) == ()
+    assert serve.cpu_flags(["--no_enable_prefix_caching"]) == ()
     monkeypatch.setattr(serve, "installed", lambda: {"vllm": "0.32.0"})
     assert serve.cpu_flags([]) == ()
 
