@@ -144,7 +144,7 @@ class MixerLayer(nn.Module, MambaBase):
         rows = None if metadata is None else metadata.get(self.prefix)
         if rows is None:  # a run that only measures memory, or tunes attention: there are no slots
             output.zero_()
-            if output.is_cuda:
+            if metadata is None and output.is_cuda:
                 self._take_memory(output)
             return
         self.mix(projected_states, rows, output)
