@@ -220,8 +220,13 @@ class Drafter(StandaloneARSpeculator):
         self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
         num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
     ) -> Tensor:  # fmt: skip
-        """Drafts (R, K) for a batch that has just been verified, of which N are made; see vLLM's speculator."""
-        if kwargs.get("dummy_run") or self.dp_size > 1:
+        """Drafts (R, K) for a batch that has just been verified, of which N are made; see vLLM's speculator. A dummy
+        round is replayed like others where it can be, because adaptive verification takes its time for theirs."""
+        starts, read = read_starts(input_batch), None
+        if self.reading is not None and not kwargs.get("skip_attn_for_dummy_run"):
+            longest = int(np.diff(starts).max())
+            read = self._graph_of(self.reading, input_batch.num_reqs, longest, self._read_lengths)
+        if self.dp_size > 1 or (kwargs.get("dummy_run") and read is None):
             return super().propose(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, **kwargs,
@@ -234,8 +239,6 @@ class Drafter(StandaloneARSpeculator):
         lengths = input_batch.seq_lens[:requests] - num_rejected[:requests].int() + 1
         self.next_seq_lens[:requests] = lengths.clamp(max=self.max_model_len)
         self.next_seq_lens[requests:].zero_()
-        starts = read_starts(input_batch)
-        read = self._graph_of(self.reading, requests, int(np.diff(starts).max()), self._read_lengths)
         if read is not None:
             T = read.uniform_token_count
             self._inputs_of_reading(read, self.arange_np[: requests + 1] * T, self._bound(requests))
