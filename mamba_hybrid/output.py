@@ -26,14 +26,26 @@ def check_output(flag: str, path: str | Path) -> None:
 
 
 def write_output(flag: str, path: str | Path, data: bytes) -> None:
-    """Write the file.
+    """Write the file, whole or not at all: what stood there stays where that fails.
+
+    Args:
+        flag: the command's, for the message.
+        path: of the file. A link is followed; what is no file (a pipe, a terminal) is written to.
+        data: its contents.
 
     Raises:
         UserError: it cannot be written.
     """
+    file = Path(path).resolve()
+    new = file.with_name(f".{file.name}.new")
     try:
-        Path(path).write_bytes(data)
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_bytes(data)
+            return
+        new.write_bytes(data)
+        new.replace(file)
     except OSError as e:
+        new.unlink(missing_ok=True)
         raise UserError(f"{flag} {path} cannot be written: {e.strerror}") from e
 
 

