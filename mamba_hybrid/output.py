@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -26,27 +29,47 @@ def check_output(flag: str, path: str | Path) -> None:
 
 
 def write_output(flag: str, path: str | Path, data: bytes) -> None:
-    """Write the file, whole or not at all: what stood there stays where that fails.
+    """Write the file. Where one stands there it is replaced whole, or stays as it was.
 
     Args:
         flag: the command's, for the message.
-        path: of the file. A link is followed; what is no file (a pipe, a terminal) is written to.
+        path: of the file; through a link, a pipe or a terminal it is written to.
         data: its contents.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written; no part of it is left then.
     """
-    file = Path(path).resolve()
-    new = file.with_name(f".{file.name}.new")
+    file = Path(path)
+    exists = os.path.lexists(file)
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            Path(path).write_bytes(data)
-            return
-        new.write_bytes(data)
-        new.replace(file)
+        if not (file.is_file() and not file.is_symlink() and _replace(file, data)):
+            file.write_bytes(data)
     except OSError as e:
-        new.unlink(missing_ok=True)
+        if not exists:
+            with suppress(OSError):
+                file.unlink()
         raise UserError(f"{flag} {path} cannot be written: {e.strerror}") from e
+
+
+def _replace(file: Path, data: bytes) -> bool:
+    """Put a new file in an old one's place; False where its directory does not allow that."""
+    with file.open("r+b"):  # may it be written?
+        pass
+    try:
+        handle, new = tempfile.mkstemp(prefix=".", dir=file.parent)
+    except OSError:
+        return False
+    try:
+        with open(handle, "wb") as f:
+            f.write(data)
+        shutil.copymode(file, new)
+        try:
+            os.replace(new, file)
+        except OSError:  # a mount point
+            return False
+    finally:
+        Path(new).unlink(missing_ok=True)
+    return True
 
 
 def to_disk(path: Path) -> None:

