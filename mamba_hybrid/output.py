@@ -29,7 +29,7 @@ def check_output(flag: str, path: str | Path) -> None:
 
 
 def write_output(flag: str, path: str | Path, data: bytes) -> None:
-    """Write the file. Where one stands there it is replaced whole, or stays as it was.
+    """Write the file. Where one stands there it is replaced whole or stays as it was, if its directory allows that.
 
     Args:
         flag: the command's, for the message.
@@ -37,7 +37,7 @@ def write_output(flag: str, path: str | Path, data: bytes) -> None:
         data: its contents.
 
     Raises:
-        UserError: it cannot be written; no part of it is left then.
+        UserError: it cannot be written; of a new file no part is left then.
     """
     file = Path(path)
     exists = os.path.lexists(file)
