@@ -342,16 +342,13 @@ def ask(system: str, model: str, port: int, clients: int, args: argparse.Namespa
             capture_output=True, text=True,
         )  # fmt: skip
         file = Path(folder) / "load.json"
+        where = f"failed for {system} with {clients} clients:\n"
+        where += "\n".join((done.stdout + done.stderr).splitlines()[-LOG_LINES:])
         if done.returncode or not file.is_file():
-            lines = (done.stdout + done.stderr).splitlines()[-LOG_LINES:]
-            raise UserError(f"vllm bench serve failed for {system} with {clients} clients:\n" + "\n".join(lines))
+            raise UserError(f"vllm bench serve {where}")
         result = json.loads(file.read_text())
         if result["failed"]:
-            lines = (done.stdout + done.stderr).splitlines()[-LOG_LINES:]
-            raise UserError(
-                f"{result['failed']} of {args.rounds * clients} requests failed for {system} with {clients} clients:\n"
-                + "\n".join(lines)
-            )
+            raise UserError(f"{result['failed']} of {args.rounds * clients} requests {where}")
     return Load(
         system, clients, result["output_throughput"], result["mean_ttft_ms"], result["mean_tpot_ms"],
         result.get("spec_decode_acceptance_length"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
@@ -15,11 +14,7 @@ if TYPE_CHECKING:
 def state_bytes(kv_cache_config: KVCacheConfig) -> int:
     """Bytes of a sequence's slots on one device, in the mixers of the model and of its draft model."""
     return sum(
-        len(group.layer_names)
-        * sum(
-            prod(shape) * dtype.itemsize
-            for shape, dtype in zip(group.kv_cache_spec.shapes, group.kv_cache_spec.dtypes, strict=True)
-        )
+        len(group.layer_names) * group.kv_cache_spec.state_content_size_bytes
         for group in kv_cache_config.kv_cache_groups
         if isinstance(group.kv_cache_spec, MambaSpec)
     )
